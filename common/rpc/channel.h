@@ -1,0 +1,30 @@
+// gRPC client channels with our limits: no compression, large messages, keepalive, quick reconnects.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/rpc/server.h"
+
+namespace grpc {
+class Channel;
+class Status;
+}  // namespace grpc
+
+namespace tandem::rpc {
+
+// `address` as in ServerOptions::listen, or a DNS name with port.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls = {});
+
+// Waits until the peer's health service says SERVING. DeadlineExceeded says what the last answer was.
+absl::Status WaitServing(grpc::Channel& channel, const std::string& address, absl::Duration patience);
+
+// The one place where codes are mapped.
+absl::Status FromGrpc(const grpc::Status& status);
+grpc::Status ToGrpc(const absl::Status& status);
+int HttpStatusOf(absl::StatusCode code);  // InvalidArgument 400, NotFound 404, ResourceExhausted 429, ...
+
+}  // namespace tandem::rpc
