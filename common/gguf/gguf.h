@@ -2,15 +2,18 @@
 // split keys split.no, split.count, split.tensors.count).
 //
 // Everything a file says is checked before it is used: counts against the bytes left, every size with checked
-// arithmetic, every tensor against the end of its file. Errors name the file, the key or tensor, and the byte.
+// arithmetic, every tensor against the end of its file. Errors name the file, the key or tensor, and the
+// byte.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -85,11 +88,11 @@ struct Tensor {
   std::string name;
   TensorType type = TensorType::kF32;
   uint32_t n_dims = 0;
-  int64_t ne[4] = {1, 1, 1, 1};     // ne[0] is contiguous: the input dimension of a weight
-  uint64_t nbytes = 0;              // of the whole tensor
-  const uint8_t* data = nullptr;    // in the map of its file; nullptr for a header without data
-  int shard = 0;                    // which file, 0-based
-  uint64_t file_offset = 0;         // of the data in that file
+  int64_t ne[4] = {1, 1, 1, 1};   // ne[0] is contiguous: the input dimension of a weight
+  uint64_t nbytes = 0;            // of the whole tensor
+  const uint8_t* data = nullptr;  // in the map of its file; nullptr for a header without data
+  int shard = 0;                  // which file, 0-based
+  uint64_t file_offset = 0;       // of the data in that file
 
   int64_t cols() const { return ne[0]; }
   int64_t rows() const { return ne[1]; }
@@ -110,7 +113,7 @@ class File {
   static absl::StatusOr<std::unique_ptr<File>> Open(const std::string& path) { return Open(path, Options()); }
 
   // A header (metadata, tensor list) in memory; used where the metadata travels without the weights.
-  // `name` stands in errors for the path. `bytes` is not kept.
+  // `name` stands in errors for the path. `bytes` is not kept; bytes behind the header are not looked at.
   static absl::StatusOr<std::unique_ptr<File>> ParseHeader(std::span<const uint8_t> bytes,
                                                            const std::string& name);
 
@@ -140,8 +143,8 @@ class File {
   const std::vector<Tensor>& tensors() const { return tensors_; }
   const Tensor* FindTensor(std::string_view name) const;  // nullptr if absent
 
-  // 16 hex digits over metadata, tensor list and sizes (not over the weights): tells whether two processes
-  // opened the same model.
+  // 16 hex digits over metadata, tensor list and sizes (not over the weights, nor over how the model is split
+  // and aligned): tells whether two processes opened the same model.
   std::string Fingerprint() const;
 
  private:
@@ -159,9 +162,21 @@ class File {
   std::vector<std::unique_ptr<Map>> maps_;
 };
 
-// Writes GGUF v3. Tensors are written in the order of their Add calls. Not thread-safe.
+// Writes GGUF v3. Tensors are written in the order of their Add calls. Adding a key again replaces its value.
+// Not thread-safe.
 class Writer {
  public:
+  // Fills `out` with the tensor's bytes from byte `offset` on. Called in ascending order; every call starts
+  // and ends on whole rows (rows above 8 MiB: on whole blocks).
+  using Fill = std::function<void(uint64_t offset, std::span<uint8_t> out)>;
+
+  struct Options {
+    uint32_t alignment = 32;  // of tensor data: a power of two, at most 1 MiB
+    // Tensors added with the same data pointer and size are written once and share their bytes in the file.
+    bool share_equal_data = false;
+  };
+
+  // Integers must fit `type`, which must be an integer type; signed and unsigned alike.
   void AddUint(std::string key, uint64_t value, ValueType type = ValueType::kUint32);
   void AddInt(std::string key, int64_t value, ValueType type = ValueType::kInt32);
   void AddFloat(std::string key, float value);
@@ -172,12 +187,19 @@ class Writer {
   void AddFloats(std::string key, std::vector<float> values);
   void AddValue(std::string key, Value value);  // copied from another file
 
-  // `data` (nbytes of the shape and type) is not copied and must live until the write.
+  // `data` (nbytes of the shape and type) is not copied and must live until the write; it may be a map of
+  // many GB. InvalidArgument for a bad name, shape, type or size, and for a name added before.
   absl::Status AddTensor(std::string name, TensorType type, std::vector<int64_t> ne,
                          std::span<const uint8_t> data);
+  // The bytes come from `fill` while the file is written: for tensors that are nowhere in memory.
+  absl::Status AddTensor(std::string name, TensorType type, std::vector<int64_t> ne, Fill fill);
+  // A tensor of its own name whose bytes are those of `original`, added before, with the same type and shape.
+  absl::Status AddAlias(std::string name, std::string_view original);
 
   // The header alone, tensor data left out and the tensor list empty: what ParseHeader reads.
   std::string SerializeMetadata() const;
+  // Written beside `path` first and renamed when complete: a failed write leaves no half model behind.
+  absl::Status WriteFile(const std::string& path, const Options& options) const;
   absl::Status WriteFile(const std::string& path, uint32_t alignment = 32) const;
   std::string SerializeAll(uint32_t alignment = 32) const;  // for tests
 
@@ -186,10 +208,23 @@ class Writer {
     std::string name;
     TensorType type;
     std::vector<int64_t> ne;
+    uint64_t nbytes = 0;
     std::span<const uint8_t> data;
+    Fill fill;              // instead of data
+    int64_t alias_of = -1;  // index of the tensor whose bytes these are
   };
+  struct Plan;
+  void Set(std::string key, Value value);
+  absl::StatusOr<Pending> Check(std::string name, TensorType type, std::vector<int64_t> ne) const;
+  absl::StatusOr<Plan> MakePlan(const Options& options) const;
+  std::string SerializeKeyValues(uint64_t n_tensors, uint32_t alignment) const;
+  absl::Status WriteTo(const Options& options,
+                       const std::function<absl::Status(std::span<const uint8_t>)>& sink) const;
+
   std::vector<std::pair<std::string, Value>> metadata_;
+  absl::flat_hash_map<std::string, size_t> metadata_index_;
   std::vector<Pending> tensors_;
+  absl::flat_hash_map<std::string, size_t> tensor_index_;
 };
 
 }  // namespace tandem::gguf

@@ -22,8 +22,8 @@ uint16_t FloatToBf16(float f);  // round to nearest even, NaN stays NaN
 // `n` values (a multiple of the type's block size) from blocks at `src` into `dst`.
 void Dequantize(gguf::TensorType type, const void* src, float* dst, int64_t n);
 
-// `n` values into blocks at `dst` (RowBytes(type, n) bytes). Round-to-nearest with per-block scales; not tuned
-// for quality: the error is that of the format, not of the best search.
+// `n` values into blocks at `dst` (RowBytes(type, n) bytes). Round-to-nearest with per-block scales; not
+// tuned for quality: the error is that of the format, not of the best search.
 void Quantize(gguf::TensorType type, const float* src, void* dst, int64_t n);
 
 }  // namespace tandem::quant
