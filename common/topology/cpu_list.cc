@@ -1,5 +1,6 @@
 #include "common/topology/cpu_list.h"
 
+#include <algorithm>
 #include <charconv>
 #include <optional>
 #include <set>
@@ -34,9 +35,9 @@ absl::StatusOr<std::vector<int>> ParseCpuList(std::string_view text) {
     const std::optional<int> last =
         dash == std::string_view::npos ? first : ParseNumber(part.substr(dash + 1));
     if (!first || !last || *last < *first) {
-      return absl::InvalidArgumentError(absl::StrCat("CPU list \"", std::string(text), "\": \"", std::string(part),
-                                                     "\" is neither a number below ", kMaxCpus,
-                                                     " nor a rising range such as 0-7"));
+      return absl::InvalidArgumentError(absl::StrCat("CPU list \"", std::string(text), "\": \"",
+                                                     std::string(part), "\" is neither a number below ",
+                                                     kMaxCpus, " nor a rising range such as 0-7"));
     }
     for (int cpu = *first; cpu <= *last; ++cpu) {
       if (!seen.insert(cpu).second) {

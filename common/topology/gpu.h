@@ -8,15 +8,15 @@
 namespace tandem::topology {
 
 struct Gpu {
-  int index = 0;              // as CUDA counts (CUDA_VISIBLE_DEVICES applies)
+  int index = 0;  // as CUDA counts (CUDA_VISIBLE_DEVICES applies)
   std::string name;
   uint64_t memory_bytes = 0;  // 0: unknown (the driver's library is not there)
   int compute_major = 0;      // 0: unknown
   int compute_minor = 0;
-  std::string pci;            // "0000:41:00.0"; empty: unknown
-  std::string pcie_speed;     // the best link both ends can do, as sysfs says: "32.0 GT/s PCIe"; empty: unknown
-  int pcie_width = 0;         // lanes; 0: unknown
-  int os_numa_node = -1;      // -1: unknown
+  std::string pci;         // "0000:41:00.0"; empty: unknown
+  std::string pcie_speed;  // the best link both ends can do, as sysfs says: "32.0 GT/s PCIe"; empty: unknown
+  int pcie_width = 0;      // lanes; 0: unknown
+  int os_numa_node = -1;   // -1: unknown
 };
 
 struct GpuReport {

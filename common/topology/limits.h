@@ -20,7 +20,8 @@ struct MemoryInfo {
 };
 MemoryInfo ReadMemoryInfo(const std::string& root = "/");
 
-// CPUs' worth of time; nullopt: no limit. The tightest of the cgroup and its parents (v2 cpu.max, v1 cfs quota).
+// CPUs' worth of time; nullopt: no limit. The tightest of the cgroup and its parents (v2 cpu.max, v1 cfs
+// quota).
 std::optional<double> ReadCpuQuota(const std::string& root = "/");
 
 struct HugePagePool {
@@ -30,8 +31,8 @@ struct HugePagePool {
   uint64_t free = 0;
 };
 struct HugePages {
-  std::string thp;         // transparent_hugepage/enabled: "always", "madvise", "never"; empty: not there
-  std::string shmem;       // transparent_hugepage/shmem_enabled: "always", "within_size", "advise", "never", ...
+  std::string thp;    // transparent_hugepage/enabled: "always", "madvise", "never"; empty: not there
+  std::string shmem;  // transparent_hugepage/shmem_enabled: "always", "within_size", "advise", "never", ...
   std::vector<HugePagePool> pools;  // reserved pages of each node and size; sizes without pages included
 };
 HugePages ReadHugePages(const std::string& root = "/");

@@ -1,7 +1,7 @@
 // What the machine is made of, as far as this process may use it: sockets, NUMA nodes, cores, memory.
 //
-// Found by hwloc, cut down to the CPUs of the process's affinity mask and cgroup. `simulated_nodes` = N makes N
-// nodes of whatever is there, so that a machine with one node runs the code of many.
+// Found by hwloc, cut down to the CPUs of the process's affinity mask and cgroup. `simulated_nodes` = N makes
+// N nodes of whatever is there, so that a machine with one node runs the code of many.
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,12 @@ struct Core {
 };
 
 struct Node {
-  int index = 0;                  // position in Topology::nodes()
-  std::vector<int> os_nodes;      // OS numbers of the NUMA nodes whose memory it stands for; never empty
-  bool simulated = false;         // shares its memory with others, or joins several
-  std::vector<Core> cores;        // never empty; simulated nodes share cores if there are too few
-  uint64_t memory_bytes = 0;      // installed; of a simulated node its share
-  uint64_t memory_free_bytes = 0; // unused, page cache not counted; 0 if unknown
+  int index = 0;                   // position in Topology::nodes()
+  std::vector<int> os_nodes;       // OS numbers of the NUMA nodes whose memory it stands for; never empty
+  bool simulated = false;          // shares its memory with others, or joins several
+  std::vector<Core> cores;         // never empty; simulated nodes share cores if there are too few
+  uint64_t memory_bytes = 0;       // installed; of a simulated node its share
+  uint64_t memory_free_bytes = 0;  // unused, page cache not counted; 0 if unknown
 
   // OS numbers in the order in which threads should take them: one hardware thread of every core, then the
   // second ones.
@@ -44,11 +44,12 @@ class Topology {
  public:
   struct Options {
     int simulated_nodes = 0;  // 0: the real ones
-    std::string synthetic;    // an hwloc synthetic description instead of this machine ("pack:2 numa:1 core:4 pu:2")
-    std::string root = "/";   // where /proc and /sys are, for tests
+    // An hwloc synthetic description instead of this machine: "pack:2 [numa] core:4 pu:2".
+    std::string synthetic = "";
+    std::string root = "/";  // where /proc and /sys are, for tests
   };
-  // InvalidArgument: a negative or absurd (> 64) number of nodes, a bad synthetic description. Internal: hwloc
-  // finds no CPU.
+  // InvalidArgument: a negative or absurd (> 64) number of nodes, a bad synthetic description. Internal:
+  // hwloc finds no CPU.
   static absl::StatusOr<Topology> Detect(const Options& options);
   static absl::StatusOr<Topology> Detect() { return Detect(Options()); }
 
@@ -58,20 +59,21 @@ class Topology {
   int cpus() const { return cpus_; }    // hardware threads, distinct
   // Nodes that have memory but none of the allowed CPUs, by OS number: not used.
   const std::vector<int>& unused_nodes() const { return unused_nodes_; }
-  const std::string& cpu_model() const { return cpu_model_; }               // "AMD EPYC 7542 32-Core Processor"
+  const std::string& cpu_model() const { return cpu_model_; }  // "AMD EPYC 7542 32-Core Processor"
   const std::vector<std::string>& cpu_flags() const { return cpu_flags_; }  // sorted: "amx_int8", "avx2", ...
   bool HasFlag(const std::string& flag) const;
   double cpu_quota() const { return cpu_quota_; }  // CPUs' worth of time the cgroup grants; 0: no limit
 
-  // Shares `total_threads` out over the first `nodes` nodes (0: all), as evenly as their cores allow. Physical
-  // cores are filled before second hardware threads. 0 threads: one a physical core, but no more than the cgroup's
-  // CPU quota. Every node gets at least one. InvalidArgument: negative numbers, more nodes than there are.
+  // Shares `total_threads` out over the first `nodes` nodes (0: all), as evenly as their cores allow.
+  // Physical cores are filled before second hardware threads. 0 threads: one a physical core, but no more
+  // than the cgroup's CPU quota. Every node gets at least one. InvalidArgument: negative numbers, more nodes
+  // than there are.
   absl::StatusOr<std::vector<ThreadPlan>> PlanThreads(int total_threads, int nodes = 0) const;
 
-  // Asks for the pages of [ptr, ptr + bytes) to come from `node` (an index into nodes()), interleaved where it
-  // stands for several OS nodes; pages already touched are moved if they can be. OK, without doing anything, where
-  // there is only one OS node. Best effort: containers often forbid it, and the caller can go on
-  // (PermissionDenied, Unimplemented, Internal say why).
+  // Asks for the pages of [ptr, ptr + bytes) to come from `node` (an index into nodes()), interleaved where
+  // it stands for several OS nodes; pages already touched are moved if they can be. OK, without doing
+  // anything, where there is only one OS node. Best effort: containers often forbid it, and the caller can go
+  // on (PermissionDenied, Unimplemented, Internal say why).
   absl::Status BindMemory(void* ptr, uint64_t bytes, int node) const;
 
  private:
