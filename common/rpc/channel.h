@@ -17,7 +17,8 @@ class Status;
 namespace tandem::rpc {
 
 // `address` as in ServerOptions::listen, or a DNS name with port.
-absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls = {});
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address,
+                                                       const TlsOptions& tls = {});
 
 // Waits until the peer's health service says SERVING. DeadlineExceeded says what the last answer was.
 absl::Status WaitServing(grpc::Channel& channel, const std::string& address, absl::Duration patience);

@@ -1,5 +1,5 @@
-// A gRPC server as every Tandem service runs one: TCP and Unix socket listeners, optional (mutual) TLS, health,
-// reflection, message limits, keepalive, graceful stop.
+// A gRPC server as every Tandem service runs one: TCP and Unix socket listeners, optional (mutual) TLS,
+// health, reflection, message limits, keepalive, graceful stop.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace tandem::rpc {
 struct TlsOptions {
   std::string certificate_file;  // PEM; empty: no TLS
   std::string key_file;
-  std::string ca_file;           // server: asks clients for certificates of this CA; client: trusts it
+  std::string ca_file;  // server: asks clients for certificates of this CA; client: trusts it
 };
 
 // "127.0.0.1:10010", "[::]:10010", "unix:/run/tandem/expert0.sock". A port of 0 picks a free one.
@@ -32,8 +32,8 @@ struct ServerOptions {
 
 class Server {
  public:
-  // Services must outlive the server. AlreadyExists names the address that is in use; a stale Unix socket file
-  // (nobody listens) is replaced.
+  // Services must outlive the server. AlreadyExists names the address that is in use; a stale Unix socket
+  // file (nobody listens) is replaced.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
                                                        const std::vector<grpc::Service*>& services);
   ~Server();  // stops at once

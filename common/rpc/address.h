@@ -1,0 +1,22 @@
+// Internal to common/rpc: listening and connecting addresses, and TLS files.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace tandem::rpc {
+
+// The path of "unix:/path" or "unix:///path"; nullopt if the address is of another kind.
+std::optional<std::string> UnixPath(const std::string& address);
+
+// OK if a server can bind a socket at `path`. Removes a socket file that nobody listens at. AlreadyExists: a
+// server listens there, or the file is something else than a socket.
+absl::Status PrepareUnixPath(const std::string& path);
+
+// A PEM file's text. NotFound / InvalidArgument name the file and `what` it is to be.
+absl::StatusOr<std::string> ReadPem(const std::string& file, const char* what);
+
+}  // namespace tandem::rpc

@@ -1,0 +1,189 @@
+#include "common/rpc/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/listen.h"
+#include "common/base/status_macros.h"
+#include "common/rpc/address.h"
+
+namespace tandem::rpc {
+namespace {
+
+// Process-wide switches of gRPC: every server built after this has health and reflection.
+void EnablePlugins() {
+  static const bool done = [] {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    return true;
+  }();
+  (void)done;
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> TcpCredentials(const TlsOptions& tls) {
+  if (tls.certificate_file.empty()) {
+    if (!tls.key_file.empty() || !tls.ca_file.empty()) {
+      return absl::InvalidArgumentError("TLS: a key or a CA is given, but no certificate");
+    }
+    return grpc::InsecureServerCredentials();
+  }
+  if (tls.key_file.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("TLS: certificate ", tls.certificate_file, " is given without its key"));
+  }
+  grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
+  TANDEM_ASSIGN_OR_RETURN(pair.cert_chain, ReadPem(tls.certificate_file, "certificate"));
+  TANDEM_ASSIGN_OR_RETURN(pair.private_key, ReadPem(tls.key_file, "key"));
+  grpc::SslServerCredentialsOptions options(tls.ca_file.empty()
+                                                ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
+                                                : GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  if (!tls.ca_file.empty()) {
+    TANDEM_ASSIGN_OR_RETURN(options.pem_root_certs, ReadPem(tls.ca_file, "CA"));
+  }
+  options.pem_key_cert_pairs.push_back(std::move(pair));
+  return grpc::SslServerCredentials(options);
+}
+
+void SetLimits(grpc::ServerBuilder& builder, int64_t max_message_bytes) {
+  const int limit =
+      static_cast<int>(std::clamp<int64_t>(max_message_bytes, 1, std::numeric_limits<int>::max()));
+  builder.SetMaxReceiveMessageSize(limit);
+  builder.SetMaxSendMessageSize(limit);
+  // With port sharing two servers could be started at one port without noticing.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // Dead peers are noticed after 40 s; clients may ping as often as ours do, with or without calls.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
+}
+
+// Socket files are made for the owner alone, from their first moment on.
+class PrivateFiles {
+ public:
+  PrivateFiles() : old_(umask(0177)) {}
+  ~PrivateFiles() { umask(old_); }
+
+ private:
+  mode_t old_;
+};
+
+struct Listener {
+  std::string address;
+  std::optional<std::string> unix_path;
+  HostPort tcp;
+  int bound_port = 0;  // gRPC: 0 if it failed, 1 for a Unix socket
+};
+
+absl::StatusOr<std::vector<Listener>> CheckListeners(const std::vector<std::string>& listen) {
+  if (listen.empty()) return absl::InvalidArgumentError("no address to listen at");
+  std::vector<Listener> out;
+  for (const std::string& address : listen) {
+    Listener listener;
+    listener.address = address;
+    listener.unix_path = UnixPath(address);
+    if (listener.unix_path.has_value()) {
+      TANDEM_RETURN_IF_ERROR(PrepareUnixPath(*listener.unix_path));
+    } else {
+      TANDEM_ASSIGN_OR_RETURN(listener.tcp, ParseHostPort(address));
+      TANDEM_RETURN_IF_ERROR(ProbeListen(address));
+    }
+    out.push_back(std::move(listener));
+  }
+  return out;
+}
+
+}  // namespace
+
+struct Server::Impl {
+  std::unique_ptr<grpc::Server> server;
+  std::vector<std::string> addresses;
+  std::mutex mutex;
+  bool stopped = false;
+
+  void Stop(absl::Duration patience) {
+    {
+      const std::lock_guard lock(mutex);
+      if (stopped) return;
+      stopped = true;
+    }
+    if (auto* health = server->GetHealthCheckService()) health->SetServingStatus(false);
+    const auto wait = absl::ToChronoNanoseconds(std::max(patience, absl::ZeroDuration()));
+    server->Shutdown(std::chrono::system_clock::now() +
+                     std::chrono::duration_cast<std::chrono::system_clock::duration>(wait));
+    server->Wait();
+  }
+};
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Server::~Server() { impl_->Stop(absl::ZeroDuration()); }
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
+                                                      const std::vector<grpc::Service*>& services) {
+  EnablePlugins();
+  TANDEM_ASSIGN_OR_RETURN(auto tcp_credentials, TcpCredentials(options.tls));
+  TANDEM_ASSIGN_OR_RETURN(std::vector<Listener> listeners, CheckListeners(options.listen));
+  grpc::ServerBuilder builder;
+  SetLimits(builder, options.max_message_bytes);
+  for (Listener& listener : listeners) {
+    const bool tcp = !listener.unix_path.has_value();
+    builder.AddListeningPort(tcp ? listener.tcp.ToString() : absl::StrCat("unix:", *listener.unix_path),
+                             tcp ? tcp_credentials : grpc::InsecureServerCredentials(), &listener.bound_port);
+  }
+  for (grpc::Service* service : services) builder.RegisterService(service);
+  auto impl = std::make_unique<Impl>();
+  {
+    const PrivateFiles owner_only;
+    impl->server = builder.BuildAndStart();
+  }
+  if (impl->server == nullptr) {
+    for (const Listener& listener : listeners) {
+      if (listener.bound_port != 0) continue;
+      if (!listener.unix_path.has_value()) TANDEM_RETURN_IF_ERROR(ProbeListen(listener.address));
+      if (!listener.unix_path.has_value() && !options.tls.certificate_file.empty()) {
+        return absl::InvalidArgumentError(absl::StrCat("TLS: certificate ", options.tls.certificate_file,
+                                                       " and key ", options.tls.key_file,
+                                                       " do not load or do not belong together"));
+      }
+      return absl::UnavailableError(absl::StrCat("cannot listen at ", listener.address));
+    }
+    return absl::InternalError("the gRPC server does not start");
+  }
+  if (auto* health = impl->server->GetHealthCheckService()) health->SetServingStatus(false);
+  for (const Listener& listener : listeners) {
+    if (listener.unix_path.has_value()) {
+      impl->addresses.push_back(absl::StrCat("unix:", *listener.unix_path));
+      continue;
+    }
+    HostPort client = listener.tcp;
+    if (client.IsWildcard()) client.host = "localhost";
+    client.port = listener.bound_port;
+    impl->addresses.push_back(client.ToString());
+  }
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+const std::vector<std::string>& Server::addresses() const { return impl_->addresses; }
+
+void Server::SetServing(bool serving) {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->stopped) return;
+  if (auto* health = impl_->server->GetHealthCheckService()) health->SetServingStatus(serving);
+}
+
+void Server::Shutdown(absl::Duration patience) { impl_->Stop(patience); }
+
+}  // namespace tandem::rpc
