@@ -1,0 +1,65 @@
+// What the scheduler asks of a device: run one step over a batch of token rows. Rooms: cpu/ and cuda/.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "services/attention_gpu/sampling/sampling.h"
+
+namespace tandem::attention {
+
+// Consecutive tokens of one sequence within a step: one in decode, a chunk in prefill.
+struct StepSequence {
+  int32_t first = 0;  // index of its first token in StepBatch::tokens
+  int32_t count = 0;
+  int32_t position = 0;                    // of the first token in its sequence
+  std::span<const int32_t> pages;          // page i holds positions [i * page_tokens, (i + 1) * page_tokens)
+  bool sample = false;                     // choose a token after the last of these
+  const SamplingParams* params = nullptr;  // if sample
+  const std::unordered_map<int32_t, int32_t>* counts = nullptr;  // if sample: generated tokens, for penalties
+};
+
+struct StepBatch {
+  std::vector<int32_t> tokens;
+  std::vector<StepSequence> sequences;
+  bool want_logits = false;  // also return the logits of every token (tests, evaluation)
+};
+
+// The routed experts chosen in a MoE layer, in falling order of weight.
+struct RoutingTrace {
+  int32_t layer = 0;                  // block number
+  std::vector<int32_t> expert_ids;    // [tokens, k]
+  std::vector<float> expert_weights;  // [tokens, k]
+};
+
+struct StepResult {
+  std::vector<SampledToken> sampled;  // one for each sequence, in order; meaningless where !sample
+  std::vector<float> logits;          // [tokens, vocab] if wanted
+  std::vector<RoutingTrace> routing;  // if want_logits
+};
+
+// Not thread-safe: one caller, the scheduler's thread.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string name() const = 0;  // "cpu", "cuda"
+  virtual int32_t page_tokens() const = 0;
+  virtual int32_t page_count() const = 0;  // pages of the KV cache, ids [0, page_count)
+  virtual int32_t max_step_tokens() const = 0;
+
+  // Runs the batch: writes the tokens' cache entries and fills `result`. On error nothing that an earlier
+  // step wrote is changed, and the same step may be asked for again: positions already written are written
+  // over. Unavailable: the experts are gone; see RecoverExperts.
+  virtual absl::Status Step(const StepBatch& batch, StepResult* result) = 0;
+
+  // Attaches anew to experts that were lost, waiting up to `patience`. OK if all are there.
+  virtual absl::Status RecoverExperts(absl::Duration patience) = 0;
+};
+
+}  // namespace tandem::attention

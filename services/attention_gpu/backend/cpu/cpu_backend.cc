@@ -1,0 +1,394 @@
+#include "services/attention_gpu/backend/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status_macros.h"
+#include "common/quant/quant.h"
+#include "services/attention_gpu/backend/cpu/latent_cache.h"
+#include "services/attention_gpu/backend/cpu/mla_attention.h"
+#include "services/attention_gpu/backend/cpu/router.h"
+#include "services/attention_gpu/backend/cpu/weights.h"
+
+namespace tandem::attention {
+namespace {
+
+using kernels::Activations;
+using kernels::Matrix;
+using kernels::Precision;
+
+// One of several products of the same activations: y[t * ldy + row].
+struct Product {
+  const Matrix* w;
+  float* y;
+  int64_t ldy;
+};
+
+// Where a token row stands: its sequence's pages and its position.
+struct Row {
+  const StepSequence* sequence;
+  int64_t position;
+};
+
+class CpuBackend : public Backend {
+ public:
+  CpuBackend(const gguf::File& file, const model::ModelConfig& config, const CpuBackendOptions& options,
+             std::unique_ptr<ExpertGroup> experts)
+      : file_(file), c_(config), options_(options), experts_(std::move(experts)), pool_(options.threads) {}
+
+  absl::Status Init() {
+    TANDEM_ASSIGN_OR_RETURN(weights_, CpuWeights::Load(file_, c_, options_.precision, pool_));
+    TANDEM_ASSIGN_OR_RETURN(cache_, LatentCache::Create(c_.num_hidden_layers, options_.page_count,
+                                                        options_.page_tokens, c_.latent_dim()));
+    if (c_.num_moe_layers() > 0 && experts_ == nullptr) {
+      return absl::InvalidArgumentError("the model has MoE layers, but no expert process was given");
+    }
+    frequencies_ = model::RopeFrequencies(c_);
+    scale_ = static_cast<float>(model::AttentionScale(c_));
+    mla_scratch_.resize(pool_.threads());
+    head_acts_.resize(pool_.threads());
+    return absl::OkStatus();
+  }
+
+  std::string name() const override { return "cpu"; }
+  int32_t page_tokens() const override { return options_.page_tokens; }
+  int32_t page_count() const override { return options_.page_count; }
+  int32_t max_step_tokens() const override { return options_.max_step_tokens; }
+
+  absl::Status RecoverExperts(absl::Duration patience) override {
+    return experts_ ? experts_->Recover(patience) : absl::OkStatus();
+  }
+
+  absl::Status Step(const StepBatch& batch, StepResult* result) override {
+    const int64_t n = static_cast<int64_t>(batch.tokens.size());
+    if (n > options_.max_step_tokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a step of ", n, " tokens, the limit is ", options_.max_step_tokens));
+    }
+    n_ = n;
+    *result = StepResult();
+    LayOut(batch);
+    Embed(batch);
+    for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {
+      Attention(layer);
+      TANDEM_RETURN_IF_ERROR(FeedForward(layer, batch.want_logits ? result : nullptr));
+    }
+    Output(batch, result);
+    return absl::OkStatus();
+  }
+
+ private:
+  void LayOut(const StepBatch& batch) {
+    rows_.resize(n_);
+    for (const StepSequence& s : batch.sequences) {
+      for (int32_t i = 0; i < s.count; ++i) rows_[s.first + i] = {&s, int64_t{s.position} + i};
+    }
+    const int64_t pairs = c_.qk_rope_head_dim / 2;
+    rope_.resize(n_ * pairs * 2);
+    for (int64_t t = 0; t < n_; ++t) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const double angle = static_cast<double>(rows_[t].position) * frequencies_[i];
+        rope_[(t * pairs + i) * 2] = static_cast<float>(std::cos(angle));
+        rope_[(t * pairs + i) * 2 + 1] = static_cast<float>(std::sin(angle));
+      }
+    }
+  }
+
+  void Embed(const StepBatch& batch) {
+    const int64_t hidden = c_.hidden_size;
+    x_.resize(n_ * hidden);
+    normed_.resize(n_ * hidden);
+    for (int64_t t = 0; t < n_; ++t) {
+      const uint8_t* row = weights_.embedding.data + batch.tokens[t] * weights_.embedding.row_bytes;
+      quant::Dequantize(weights_.embedding_type, row, x_.data() + t * hidden, hidden);
+    }
+  }
+
+  // Rotates the interleaved pairs of v[0, rope) by token t's angles.
+  void Rotate(float* v, int64_t t) const {
+    const int64_t pairs = c_.qk_rope_head_dim / 2;
+    const float* cs = rope_.data() + t * pairs * 2;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float a = v[2 * i], b = v[2 * i + 1], cos = cs[2 * i], sin = cs[2 * i + 1];
+      v[2 * i] = a * cos - b * sin;
+      v[2 * i + 1] = a * sin + b * cos;
+    }
+  }
+
+  void NormRows(const float* x, const float* weight, int64_t width, float* y) {
+    ForTokens([&](int64_t t) {
+      kernels::RmsNorm(x + t * width, weight, static_cast<float>(c_.rms_norm_eps), y + t * width, width);
+    });
+  }
+
+  // Calls fn(t) for every token; in parallel where there are enough of them to be worth it.
+  template <typename Fn>
+  void ForTokens(const Fn& fn) {
+    if (n_ < 8) {
+      for (int64_t t = 0; t < n_; ++t) fn(t);
+      return;
+    }
+    pool_.ParallelFor(n_, 4, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) fn(t);
+    });
+  }
+
+  void Prepare(Activations& acts, const float* x, int64_t cols, std::initializer_list<Product> products) {
+    acts.Assign(x, n_, cols);
+    for (const Product& p : products) acts.Prepare(p.w->type, options_.precision);
+  }
+
+  // All products in one parallel loop; row chunks of about 32 KB of weights.
+  void Run(const Activations& acts, std::initializer_list<Product> products) {
+    int64_t chunks = 0;
+    struct Part {
+      const Product* p;
+      int64_t first_chunk, rows_per_chunk;
+    };
+    Part parts[4];
+    int count = 0;
+    for (const Product& p : products) {
+      const int64_t rows = std::clamp<int64_t>((int64_t{32768} / p.w->row_bytes + 15) / 16 * 16, 16, 256);
+      parts[count++] = {&p, chunks, rows};
+      chunks += (p.w->rows + rows - 1) / rows;
+    }
+    pool_.ParallelFor(chunks, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        int i = count - 1;
+        while (parts[i].first_chunk > chunk) --i;
+        const Product& p = *parts[i].p;
+        const int64_t row = (chunk - parts[i].first_chunk) * parts[i].rows_per_chunk;
+        kernels::MatMul(*p.w, row, std::min(p.w->rows, row + parts[i].rows_per_chunk), acts, p.y, p.ldy,
+                        options_.precision);
+      }
+    });
+  }
+
+  void PrepareAndRun(const float* x, int64_t cols, std::initializer_list<Product> products) {
+    Prepare(acts_, x, cols, products);
+    Run(acts_, products);
+  }
+
+  // For each head: y[t, h, :] = w[h] x[t, h, :]. Strides are in floats between tokens.
+  void PerHead(const std::vector<Matrix>& w, const float* x, int64_t x_head, int64_t x_stride, int64_t cols,
+               float* y, int64_t y_head, int64_t y_stride) {
+    pool_.ParallelFor(c_.num_attention_heads, 1, [&](int64_t begin, int64_t end, int worker) {
+      Activations& acts = head_acts_[worker];
+      for (int64_t h = begin; h < end; ++h) {
+        acts.Assign(x + h * x_head, n_, cols, x_stride);
+        acts.Prepare(w[h].type, options_.precision);
+        kernels::MatMul(w[h], 0, w[h].rows, acts, y + h * y_head, y_stride, options_.precision);
+      }
+    });
+  }
+
+  // x += attention(norm(x))
+  void Attention(int64_t layer) {
+    const CpuLayer& w = weights_.layers[layer];
+    const int64_t hidden = c_.hidden_size, heads = c_.num_attention_heads, lora = c_.kv_lora_rank;
+    const int64_t nope = c_.qk_nope_head_dim, rope = c_.qk_rope_head_dim, qk = c_.qk_head_dim();
+    const int64_t width = c_.latent_dim(), v = c_.v_head_dim;
+    NormRows(x_.data(), w.attn_norm, hidden, normed_.data());
+
+    q_.resize(n_ * heads * qk);
+    kv_.resize(n_ * width);
+    if (c_.q_lora_rank > 0) {
+      q_a_.resize(n_ * c_.q_lora_rank);
+      PrepareAndRun(normed_.data(), hidden,
+                    {{&w.q_a, q_a_.data(), c_.q_lora_rank}, {&w.kv_a, kv_.data(), width}});
+      NormRows(q_a_.data(), w.q_a_norm, c_.q_lora_rank, q_a_.data());
+      PrepareAndRun(q_a_.data(), c_.q_lora_rank, {{&w.q_b, q_.data(), heads * qk}});
+    } else {
+      PrepareAndRun(normed_.data(), hidden, {{&w.q, q_.data(), heads * qk}, {&w.kv_a, kv_.data(), width}});
+    }
+
+    ForTokens([&](int64_t t) {
+      float* entry = cache_.Entry(layer, rows_[t].sequence->pages, rows_[t].position);
+      float* kv = kv_.data() + t * width;
+      kernels::RmsNorm(kv, w.kv_a_norm, static_cast<float>(c_.rms_norm_eps), entry, lora);
+      Rotate(kv + lora, t);
+      std::memcpy(entry + lora, kv + lora, rope * sizeof(float));
+    });
+
+    // The absorbed query: k_b takes the nope part into the latents' space; then scale, and rotate the rest.
+    query_.resize(n_ * heads * width);
+    PerHead(w.k_b, q_.data(), qk, heads * qk, nope, query_.data(), width, heads * width);
+    ForTokens([&](int64_t t) {
+      for (int64_t h = 0; h < heads; ++h) {
+        float* q_rope = q_.data() + (t * heads + h) * qk + nope;
+        float* query = query_.data() + (t * heads + h) * width;
+        Rotate(q_rope, t);
+        std::memcpy(query + lora, q_rope, rope * sizeof(float));
+        for (int64_t i = 0; i < width; ++i) query[i] *= scale_;
+      }
+    });
+
+    latents_.resize(n_ * heads * lora);
+    // One token is split over head groups, several over tokens as well.
+    const int64_t groups = std::min<int64_t>(heads, n_ == 1 ? pool_.threads() * 2 : 4);
+    const int64_t per_group = (heads + groups - 1) / groups;
+    pool_.ParallelFor(n_ * groups, 1, [&](int64_t begin, int64_t end, int worker) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / groups, first = (i % groups) * per_group;
+        const int64_t count = std::min(per_group, heads - first);
+        if (count <= 0) continue;
+        MlaAttend(cache_, layer, rows_[t].sequence->pages, rows_[t].position, count, lora,
+                  query_.data() + (t * heads + first) * width, latents_.data() + (t * heads + first) * lora,
+                  mla_scratch_[worker]);
+      }
+    });
+
+    attended_.resize(n_ * heads * v);
+    PerHead(w.v_b, latents_.data(), lora, heads * lora, lora, attended_.data(), v, heads * v);
+    delta_.resize(n_ * hidden);
+    PrepareAndRun(attended_.data(), heads * v, {{&w.output, delta_.data(), hidden}});
+    AddToX(delta_.data());
+  }
+
+  // x += ffn(norm(x)), dense or routed + shared experts
+  absl::Status FeedForward(int64_t layer, StepResult* trace) {
+    const CpuLayer& w = weights_.layers[layer];
+    const int64_t hidden = c_.hidden_size;
+    NormRows(x_.data(), w.ffn_norm, hidden, normed_.data());
+    const bool moe = c_.IsMoe(layer);
+    if (moe) {
+      ChooseExperts(layer);
+      if (trace != nullptr)
+        trace->routing.push_back({static_cast<int32_t>(layer), expert_ids_, expert_weights_});
+      const ExpertCall call{
+          static_cast<int32_t>(layer), static_cast<int32_t>(n_), static_cast<int32_t>(c_.num_experts_per_tok),
+          expert_ids_.data(),          expert_weights_.data(),   normed_.data()};
+      TANDEM_RETURN_IF_ERROR(experts_->Start(call));
+    }
+    if (w.has_ffn) {  // the dense layer, or the shared expert while the experts work
+      const int64_t inner = w.ffn.gate.rows;
+      gate_.resize(n_ * inner);
+      up_.resize(n_ * inner);
+      PrepareAndRun(normed_.data(), hidden,
+                    {{&w.ffn.gate, gate_.data(), inner}, {&w.ffn.up, up_.data(), inner}});
+      ForTokens([&](int64_t t) {
+        kernels::SiluMul(gate_.data() + t * inner, up_.data() + t * inner, gate_.data() + t * inner, inner);
+      });
+      delta_.resize(n_ * hidden);
+      PrepareAndRun(gate_.data(), inner, {{&w.ffn.down, delta_.data(), hidden}});
+    }
+    if (moe) {
+      routed_.resize(n_ * hidden);
+      TANDEM_RETURN_IF_ERROR(experts_->Finish(routed_.data()));
+      AddToX(routed_.data());
+    }
+    if (w.has_ffn) AddToX(delta_.data());
+    return absl::OkStatus();
+  }
+
+  void ChooseExperts(int64_t layer) {
+    const CpuLayer& w = weights_.layers[layer];
+    const int64_t experts = c_.n_routed_experts, k = c_.num_experts_per_tok;
+    router_logits_.resize(n_ * experts);
+    PrepareAndRun(normed_.data(), c_.hidden_size, {{&w.router, router_logits_.data(), experts}});
+    expert_ids_.resize(n_ * k);
+    expert_weights_.resize(n_ * k);
+    router_scratch_.resize(2 * experts);
+    for (int64_t t = 0; t < n_; ++t) {
+      Route(c_, router_logits_.data() + t * experts, w.router_bias, expert_ids_.data() + t * k,
+            expert_weights_.data() + t * k, router_scratch_.data());
+    }
+  }
+
+  void AddToX(const float* delta) {
+    const int64_t hidden = c_.hidden_size;
+    ForTokens([&](int64_t t) {
+      float* x = x_.data() + t * hidden;
+      const float* d = delta + t * hidden;
+      for (int64_t i = 0; i < hidden; ++i) x[i] += d[i];
+    });
+  }
+
+  // Logits of the rows that are asked for, and the tokens chosen from them.
+  void Output(const StepBatch& batch, StepResult* result) {
+    const int64_t hidden = c_.hidden_size, vocab = c_.vocab_size;
+    std::vector<int64_t> wanted;
+    if (batch.want_logits) {
+      for (int64_t t = 0; t < n_; ++t) wanted.push_back(t);
+    } else {
+      for (const StepSequence& s : batch.sequences) {
+        if (s.sample) wanted.push_back(s.first + s.count - 1);
+      }
+    }
+    result->sampled.resize(batch.sequences.size());
+    if (wanted.empty()) return;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      kernels::RmsNorm(x_.data() + wanted[i] * hidden, weights_.output_norm,
+                       static_cast<float>(c_.rms_norm_eps), normed_.data() + i * hidden, hidden);
+    }
+    const int64_t all = n_;
+    n_ = static_cast<int64_t>(wanted.size());
+    logits_.resize(n_ * vocab);
+    PrepareAndRun(normed_.data(), hidden, {{&weights_.head, logits_.data(), vocab}});
+    n_ = all;
+    if (batch.want_logits) result->logits = logits_;
+
+    std::vector<std::pair<size_t, int64_t>> draws;  // sequence, row of logits_
+    int64_t row = 0;
+    for (size_t i = 0; i < batch.sequences.size(); ++i) {
+      const StepSequence& s = batch.sequences[i];
+      if (s.sample) draws.push_back({i, batch.want_logits ? s.first + s.count - 1 : row++});
+    }
+    pool_.ParallelFor(static_cast<int64_t>(draws.size()), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const StepSequence& s = batch.sequences[draws[i].first];
+        result->sampled[draws[i].first] =
+            Sample({logits_.data() + draws[i].second * vocab, static_cast<size_t>(vocab)}, *s.params,
+                   s.position + s.count, *s.counts);
+      }
+    });
+  }
+
+  const gguf::File& file_;
+  const model::ModelConfig c_;
+  const CpuBackendOptions options_;
+  std::unique_ptr<ExpertGroup> experts_;
+  threading::ThreadPool pool_;
+  CpuWeights weights_;
+  LatentCache cache_;
+  std::vector<double> frequencies_;
+  float scale_ = 0;
+
+  // The step in hand. [n, ...], rows in the order of StepBatch::tokens.
+  int64_t n_ = 0;
+  std::vector<Row> rows_;
+  std::vector<float> rope_;            // [n, rope / 2, (cos, sin)]
+  std::vector<float> x_, normed_;      // [n, hidden]
+  std::vector<float> q_a_;             // [n, q_lora]
+  std::vector<float> q_;               // [n, heads, qk]
+  std::vector<float> kv_;              // [n, kv_lora + rope]
+  std::vector<float> query_;           // [n, heads, kv_lora + rope]
+  std::vector<float> latents_;         // [n, heads, kv_lora]
+  std::vector<float> attended_;        // [n, heads, v]
+  std::vector<float> delta_, routed_;  // [n, hidden]
+  std::vector<float> gate_, up_;       // [n, inner]
+  std::vector<float> router_logits_;   // [n, experts]
+  std::vector<float> router_scratch_;
+  std::vector<int32_t> expert_ids_;    // [n, k]
+  std::vector<float> expert_weights_;  // [n, k]
+  std::vector<float> logits_;          // [rows asked for, vocab]
+  Activations acts_;
+  std::vector<Activations> head_acts_;   // a worker
+  std::vector<MlaScratch> mla_scratch_;  // a worker
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const gguf::File& file,
+                                                          const model::ModelConfig& config,
+                                                          const CpuBackendOptions& options,
+                                                          std::unique_ptr<ExpertGroup> experts) {
+  auto backend = std::make_unique<CpuBackend>(file, config, options, std::move(experts));
+  TANDEM_RETURN_IF_ERROR(backend->Init());
+  return backend;
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,41 @@
+#include "services/attention_gpu/backend/cpu/latent_cache.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/checked_math.h"
+
+namespace tandem::attention {
+
+void LatentCache::Unmap::operator()(float* p) const {
+  if (p != nullptr) ::munmap(p, bytes);
+}
+
+absl::StatusOr<LatentCache> LatentCache::Create(int64_t layers, int32_t pages, int32_t page_tokens,
+                                                int64_t width) {
+  const int64_t stride = page_tokens * width;
+  const auto entries = CheckedMul<int64_t>(stride, layers);
+  const auto values = entries ? CheckedMul<int64_t>(*entries, pages) : std::nullopt;
+  const auto bytes = values ? CheckedMul<int64_t>(*values, sizeof(float)) : std::nullopt;
+  if (!bytes || *bytes <= 0) return absl::InvalidArgumentError("the KV cache's size is out of range");
+  void* p =
+      ::mmap(nullptr, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) {
+    return absl::ResourceExhaustedError(absl::StrCat("no memory for a KV cache of ", *bytes / 1000000,
+                                                     " MB: ", std::strerror(errno),
+                                                     "; a smaller --ctx needs less"));
+  }
+  ::madvise(p, *bytes, MADV_HUGEPAGE);
+  LatentCache c;
+  c.data_ = std::unique_ptr<float[], Unmap>(static_cast<float*>(p), Unmap{static_cast<size_t>(*bytes)});
+  c.pages_ = pages;
+  c.page_tokens_ = page_tokens;
+  c.width_ = width;
+  c.page_stride_ = stride;
+  return c;
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,57 @@
+// All expert processes of a model, seen as one: a batched MoE call goes to every one of them, and their
+// answers are added.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/model/config.h"
+#include "common/rpc/server.h"
+
+namespace tandem::attention {
+
+// One MoE layer's call: what goes to the experts.
+struct ExpertCall {
+  int32_t layer = 0;  // block number
+  int32_t n_tokens = 0;
+  int32_t experts_per_token = 0;          // k
+  const int32_t* expert_ids = nullptr;    // [n_tokens, k]
+  const float* expert_weights = nullptr;  // [n_tokens, k]
+  const float* activations = nullptr;     // [n_tokens, hidden], float32
+};
+
+// One call in flight at a time: Start, then Finish. Not thread-safe.
+class ExpertGroup {
+ public:
+  virtual ~ExpertGroup() = default;
+  // Sends the call; what it points to must stay until Finish returns.
+  virtual absl::Status Start(const ExpertCall& call) = 0;
+  // Waits for all answers and writes their sum, rounded to float32 once, to out: [n_tokens, hidden].
+  // Unavailable / DeadlineExceeded: a process is gone or too slow; the group needs Recover before the next
+  // call.
+  virtual absl::Status Finish(float* out) = 0;
+  virtual absl::Status Recover(absl::Duration patience) = 0;
+  virtual int processes() const = 0;
+};
+
+struct GrpcExpertOptions {
+  std::vector<std::string> addresses;
+  rpc::TlsOptions tls;
+  bool reference_precision = false;  // what the processes must run with
+  absl::Duration call_timeout = absl::Seconds(60);
+  absl::Duration attach_patience = absl::Minutes(30);  // loading a large shard takes its time
+};
+
+// In-band over gRPC streams (Experts.Forward). Connects, waits until all serve, and checks that they hold the
+// same model and that their shards together cover every expert of every MoE layer exactly once
+// (FailedPrecondition says what is missing or doubled).
+absl::StatusOr<std::unique_ptr<ExpertGroup>> ConnectGrpcExperts(const GrpcExpertOptions& options,
+                                                                const model::ModelConfig& config,
+                                                                const std::string& model_fingerprint);
+
+}  // namespace tandem::attention

@@ -1,0 +1,244 @@
+#include "services/attention_gpu/service/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "common/base/status_macros.h"
+#include "common/kernels/kernels.h"
+#include "common/model/config.h"
+#include "common/telemetry/log.h"
+#include "common/telemetry/metrics.h"
+#include "common/topology/cpu_list.h"
+#include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "services/attention_gpu/experts/expert_group.h"
+#include "services/attention_gpu/scheduler/scheduler.h"
+#include "services/attention_gpu/service/engine_service.h"
+
+namespace tandem::attention {
+namespace {
+
+constexpr int32_t kPageTokens = 32;
+constexpr int64_t kDefaultContext = 8192;
+constexpr int64_t kDefaultKvBytes = int64_t{2} << 30;
+
+std::string RandomId() {
+  std::random_device r;
+  return absl::StrFormat("%08x%08x", r(), r());
+}
+
+std::string MetadataOf(const gguf::File& file) {
+  gguf::Writer writer;
+  for (const auto& [key, value] : file.metadata()) writer.AddValue(key, value);
+  return writer.SerializeMetadata();
+}
+
+struct Sizes {
+  int32_t context = 0;
+  int32_t pages = 0;
+};
+
+absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c) {
+  Sizes s;
+  const int64_t context = o.ctx > 0 ? o.ctx : std::min(c.max_position_embeddings, kDefaultContext);
+  if (context > c.max_position_embeddings) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ctx ", context, ": the model's context is ", c.max_position_embeddings, " tokens"));
+  }
+  if (context < 2) return absl::InvalidArgumentError("--ctx must be 2 at least");
+  const int64_t token_bytes = c.latent_dim() * c.num_hidden_layers * static_cast<int64_t>(sizeof(float));
+  int64_t tokens = o.kv_tokens;
+  if (tokens == 0) {
+    tokens = std::max(context, std::min(context * o.max_batch_size, kDefaultKvBytes / token_bytes));
+  } else if (tokens < context) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--kv-tokens ", tokens, " is less than one sequence of --ctx ", context, " tokens"));
+  }
+  s.context = static_cast<int32_t>(context);
+  s.pages = static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens);
+  spdlog::info("KV cache: {} tokens in pages of {}, {:.1f} MB; context {} tokens",
+               int64_t{s.pages} * kPageTokens, kPageTokens,
+               static_cast<double>(int64_t{s.pages} * kPageTokens * token_bytes) / 1e6, s.context);
+  return s;
+}
+
+class EngineMetrics {
+ public:
+  explicit EngineMetrics(telemetry::Metrics& m)
+      : running_(m.AddGauge("tandem_requests_running", "Sequences in the batch.")),
+        waiting_(m.AddGauge("tandem_requests_waiting", "Sequences that wait for a place in the batch.")),
+        kv_used_(m.AddGauge("tandem_kv_cache_used_ratio", "Share of the KV cache's pages in use.")),
+        prompt_(m.AddCounter("tandem_prompt_tokens_total", "Prompt tokens computed.")),
+        generated_(m.AddCounter("tandem_generated_tokens_total", "Tokens generated.")),
+        preemptions_(
+            m.AddCounter("tandem_preemptions_total", "Sequences whose pages were taken for earlier ones.")),
+        reattach_(
+            m.AddCounter("tandem_expert_reattach_total", "Times that lost experts were attached anew.")) {}
+
+  void Update(const SchedulerSnapshot& now) {
+    running_.Set(now.running);
+    waiting_.Set(now.waiting);
+    kv_used_.Set(now.kv_used_ratio);
+    Advance(prompt_, last_.prompt_tokens, now.prompt_tokens);
+    Advance(generated_, last_.generated_tokens, now.generated_tokens);
+    Advance(preemptions_, last_.preemptions, now.preemptions);
+    Advance(reattach_, last_.expert_recoveries, now.expert_recoveries);
+    last_ = now;
+  }
+
+ private:
+  static void Advance(telemetry::Counter& counter, uint64_t from, uint64_t to) {
+    if (to > from) counter.Add(static_cast<double>(to - from));
+  }
+  telemetry::Gauge &running_, &waiting_, &kv_used_;
+  telemetry::Counter &prompt_, &generated_, &preemptions_, &reattach_;
+  SchedulerSnapshot last_;
+};
+
+// Everything from the model file to the scheduler; what must live as long as it serves.
+struct Loaded {
+  std::unique_ptr<gguf::File> file;
+  EngineInfo info;
+  std::unique_ptr<Scheduler> scheduler;
+};
+
+absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
+  Loaded out;
+  TANDEM_ASSIGN_OR_RETURN(out.file, gguf::File::Open(o.model));
+  TANDEM_ASSIGN_OR_RETURN(const model::ModelConfig c, model::ReadModelConfig(*out.file, o.expert_groups));
+  spdlog::info("model {}: {} layers ({} dense), hidden {}, {} experts, top {}, groups {}/{} ({})", c.name,
+               c.num_hidden_layers, c.first_k_dense_replace, c.hidden_size, c.n_routed_experts,
+               c.num_experts_per_tok, c.n_group, c.topk_group, c.expert_groups_source);
+  TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
+
+  const bool reference = o.precision == "reference";
+  std::unique_ptr<ExpertGroup> experts;
+  if (c.num_moe_layers() > 0) {
+    if (o.experts.empty()) {
+      return absl::InvalidArgumentError(
+          "the model has routed experts: give the address of an expert process "
+          "with --expert, once for each");
+    }
+    service.SetProgress(absl::StrCat("waiting for ", o.experts.size(), " expert process(es)"));
+    spdlog::info("waiting for {} expert process(es)", o.experts.size());
+    GrpcExpertOptions g;
+    g.addresses = o.experts;
+    g.tls = o.tls;
+    g.reference_precision = reference;
+    g.call_timeout = absl::Seconds(o.expert_timeout);
+    g.attach_patience = absl::Seconds(o.attach_patience);
+    TANDEM_ASSIGN_OR_RETURN(experts, ConnectGrpcExperts(g, c, out.file->Fingerprint()));
+    out.info.expert_processes = experts->processes();
+  }
+
+  service.SetProgress("preparing the weights");
+  CpuBackendOptions b;
+  b.precision = reference ? kernels::Precision::kReference : kernels::Precision::kFast;
+  b.threads.threads = o.threads;
+  b.threads.name = "attention";
+  if (!o.cpus.empty()) {
+    auto cpus = topology::ParseCpuList(o.cpus);
+    if (!cpus.ok()) return Annotate(cpus.status(), "--cpus");
+    b.threads.cpus = *cpus;
+    if (b.threads.threads == 0) b.threads.threads = static_cast<int>(cpus->size());
+  }
+  b.page_tokens = kPageTokens;
+  b.page_count = sizes.pages;
+  b.max_step_tokens = std::max(o.chunk_size, o.mixed_chunk_size + o.max_batch_size);
+  TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
+                          CreateCpuBackend(*out.file, c, b, std::move(experts)));
+
+  SchedulerOptions s;
+  s.context_length = sizes.context;
+  s.max_batch_size = o.max_batch_size;
+  s.max_waiting = o.max_waiting;
+  s.chunk_size = o.chunk_size;
+  s.mixed_chunk_size = o.mixed_chunk_size;
+  s.expert_patience = absl::Seconds(o.expert_patience);
+  s.vocab_size = c.vocab_size;
+  out.scheduler = std::make_unique<Scheduler>(s, std::move(backend));
+
+  out.info.model_name = c.name;
+  out.info.model_fingerprint = out.file->Fingerprint();
+  out.info.architecture = "deepseek2";
+  out.info.vocab_size = c.vocab_size;
+  out.info.context_length = sizes.context;
+  out.info.max_batch_size = o.max_batch_size;
+  out.info.max_waiting = o.max_waiting;
+  out.info.isa = std::string(kernels::IsaName(kernels::ActiveIsa()));
+  out.info.instance_id = RandomId();
+  out.info.metadata = MetadataOf(*out.file);
+  return out;
+}
+
+}  // namespace
+
+absl::Status RunEngine(const Options& o, rpc::StopSignal& stop) {
+  telemetry::Metrics metrics("attention");
+  EngineMetrics engine_metrics(metrics);
+  if (!o.metrics_listen.empty()) {
+    auto port = metrics.Serve(o.metrics_listen);
+    if (!port.ok()) return Annotate(port.status(), "--metrics-listen");
+    spdlog::info("metrics on port {}", *port);
+  }
+
+  EngineService service;
+  rpc::ServerOptions server_options;
+  server_options.listen = o.listen;
+  server_options.tls = o.tls;
+  Loaded loaded;  // before the server: calls hold on to the scheduler until the server has stopped
+  TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<rpc::Server> server,
+                          rpc::Server::Start(server_options, {service.service()}));
+  for (const std::string& a : server->addresses()) spdlog::info("gRPC on {}", a);
+
+  // Loading waits for experts, possibly for long; a stop must not wait for it.
+  const absl::Time begin = absl::Now();
+  std::atomic<bool> done = false;
+  absl::StatusOr<Loaded> result = absl::UnknownError("not loaded");
+  std::thread loader([&] {
+    result = Load(o, service);
+    done = true;
+  });
+  while (!done && !stop.WaitFor(absl::Milliseconds(20))) {
+  }
+  if (!done) {
+    spdlog::info("stopped while loading");
+    loader.detach();
+    std::_Exit(0);  // nothing is served and nothing to lose; the loader may sit in a wait of minutes
+  }
+  loader.join();
+  if (!result.ok()) return result.status();
+  loaded = std::move(*result);
+  Scheduler* scheduler = loaded.scheduler.get();
+  scheduler->OnHealthChange([&server](bool healthy) {
+    server->SetServing(healthy);
+    if (healthy) {
+      spdlog::info("the experts are back");
+    } else {
+      spdlog::warn("an expert process is lost; waiting for it to come back");
+    }
+  });
+  service.SetReady(loaded.info, scheduler);
+  server->SetServing(true);
+  spdlog::info("ready after {:.2f} s: cpu backend, {}, {} expert process(es)",
+               absl::ToDoubleSeconds(absl::Now() - begin), loaded.info.isa, loaded.info.expert_processes);
+
+  while (!stop.WaitFor(absl::Seconds(1))) engine_metrics.Update(scheduler->Snapshot());
+
+  spdlog::info("stopping: no new sequences, {} running", scheduler->Snapshot().running);
+  scheduler->OnHealthChange(nullptr);
+  server->SetServing(false);
+  if (!scheduler->Drain(absl::Seconds(o.drain_timeout))) {
+    spdlog::warn("{} sequences were cut off after {} s", scheduler->Snapshot().running, o.drain_timeout);
+  }
+  server->Shutdown(absl::Seconds(1));
+  return absl::OkStatus();
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,286 @@
+#include "services/attention_gpu/service/engine_service.h"
+
+#include <algorithm>
+#include <utility>
+
+#include <grpcpp/grpcpp.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "common/rpc/channel.h"
+#include "tandem/v1/engine.grpc.pb.h"
+
+namespace tandem::attention {
+namespace {
+
+constexpr size_t kMetadataChunk = 1 << 20;
+
+v1::FinishReason ToProto(FinishReason r) {
+  switch (r) {
+    case FinishReason::kStop:
+      return v1::FINISH_REASON_STOP;
+    case FinishReason::kLength:
+      return v1::FINISH_REASON_LENGTH;
+    case FinishReason::kNone:
+      break;
+  }
+  return v1::FINISH_REASON_UNSPECIFIED;
+}
+
+SequenceRequest FromProto(const v1::GenerateRequest& r) {
+  SequenceRequest out;
+  out.id = r.request_id();
+  out.prompt.assign(r.prompt_tokens().begin(), r.prompt_tokens().end());
+  out.max_new_tokens = static_cast<int32_t>(std::min<uint32_t>(r.max_new_tokens(), INT32_MAX));
+  out.stop_token_ids.assign(r.stop_token_ids().begin(), r.stop_token_ids().end());
+  out.resumed_tokens = static_cast<int32_t>(std::min<uint32_t>(r.resumed_tokens(), INT32_MAX));
+  SamplingParams& p = out.sampling;
+  const v1::SamplingParameters& s = r.sampling();
+  p.temperature = s.temperature();
+  p.top_p = s.top_p() == 0 ? 1 : s.top_p();
+  p.top_k = s.top_k();
+  p.min_p = s.min_p();
+  p.seed = s.seed();
+  p.presence_penalty = s.presence_penalty();
+  p.frequency_penalty = s.frequency_penalty();
+  p.repetition_penalty = s.repetition_penalty() == 0 ? 1 : s.repetition_penalty();
+  p.logit_bias.assign(s.logit_bias().begin(), s.logit_bias().end());
+  p.top_logprobs = r.top_logprobs();
+  p.logprobs = r.logprobs() || r.top_logprobs() > 0;
+  return out;
+}
+
+void AddToken(const SampledToken& token, bool logprobs, v1::GenerateEvent& event) {
+  v1::GeneratedToken* t = event.add_tokens();
+  t->set_token(token.token);
+  if (!logprobs) return;
+  t->set_logprob(token.logprob);
+  for (const TokenLogprob& alternative : token.top) {
+    v1::TokenLogprob* a = t->add_top_logprobs();
+    a->set_token(alternative.token);
+    a->set_logprob(alternative.logprob);
+  }
+}
+
+// One Generate call. Events that come while a write is under way are merged into the next one, so that a slow
+// reader costs no more than its tokens. Deletes itself when gRPC and the scheduler are both done with it.
+class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
+                     public std::enable_shared_from_this<GenerateCall> {
+ public:
+  static grpc::ServerWriteReactor<v1::GenerateEvent>* Begin(Scheduler* scheduler,
+                                                            const v1::GenerateRequest& request) {
+    auto call = std::make_shared<GenerateCall>(scheduler);
+    call->self_ = call;
+    call->Submit(request);
+    return call.get();
+  }
+  explicit GenerateCall(Scheduler* scheduler) : scheduler_(scheduler) {}
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+    if (!ok) {
+      CancelWork();
+      FinishOnce(grpc::Status::CANCELLED);
+      return;
+    }
+    Pump();
+  }
+  void OnCancel() override {
+    absl::MutexLock lock(&mutex_);
+    CancelWork();
+    if (!writing_) FinishOnce(grpc::Status::CANCELLED);
+  }
+  void OnDone() override {
+    std::shared_ptr<GenerateCall> last;
+    absl::MutexLock lock(&mutex_);
+    last.swap(self_);  // goes when the lock has been released: declared before it
+  }
+
+ private:
+  void Submit(const v1::GenerateRequest& request) {
+    SequenceRequest r = FromProto(request);
+    logprobs_ = r.sampling.logprobs;
+    auto number = scheduler_->Submit(
+        std::move(r), [call = shared_from_this()](SequenceEvent event) { call->OnEvent(std::move(event)); });
+    absl::MutexLock lock(&mutex_);
+    if (!number.ok()) {
+      FinishOnce(rpc::ToGrpc(number.status()));
+      return;
+    }
+    number_ = *number;
+    if (cancelled_) scheduler_->Cancel(number_);
+  }
+
+  void OnEvent(SequenceEvent event) {
+    absl::MutexLock lock(&mutex_);
+    for (const SampledToken& t : event.tokens) AddToken(t, logprobs_, pending_);
+    if (!event.status.ok()) {
+      ended_ = true;
+      end_status_ = rpc::ToGrpc(event.status);
+    } else if (event.finish != FinishReason::kNone) {
+      ended_ = true;
+      pending_.set_finish_reason(ToProto(event.finish));
+      v1::GenerateStatistics* s = pending_.mutable_statistics();
+      s->set_prompt_tokens(event.statistics.prompt_tokens);
+      s->set_generated_tokens(event.statistics.generated_tokens);
+      s->set_queue_seconds(absl::ToDoubleSeconds(event.statistics.queued));
+      s->set_prefill_seconds(absl::ToDoubleSeconds(event.statistics.prefill));
+      s->set_decode_seconds(absl::ToDoubleSeconds(event.statistics.decode));
+    }
+    if (!writing_) Pump();
+  }
+
+  void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (finished_) return;
+    if (pending_.tokens_size() > 0 || pending_.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
+      writing_ = true;
+      out_.Clear();
+      out_.Swap(&pending_);
+      StartWrite(&out_);
+    } else if (ended_) {
+      FinishOnce(end_status_);
+    }
+  }
+
+  void CancelWork() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    cancelled_ = true;
+    if (number_ != 0 && !ended_) scheduler_->Cancel(number_);
+  }
+
+  void FinishOnce(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (std::exchange(finished_, true)) return;
+    Finish(status);
+  }
+
+  Scheduler* const scheduler_;
+  absl::Mutex mutex_;
+  std::shared_ptr<GenerateCall> self_ ABSL_GUARDED_BY(mutex_);
+  v1::GenerateEvent pending_ ABSL_GUARDED_BY(mutex_);
+  v1::GenerateEvent out_;  // gRPC's while writing_
+  bool logprobs_ = false;
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
+  grpc::Status end_status_ ABSL_GUARDED_BY(mutex_);
+  uint64_t number_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+class RefusedCall : public grpc::ServerWriteReactor<v1::GenerateEvent> {
+ public:
+  explicit RefusedCall(const grpc::Status& status) { Finish(status); }
+  void OnDone() override { delete this; }
+};
+
+class MetadataCall : public grpc::ServerWriteReactor<v1::MetadataChunk> {
+ public:
+  MetadataCall(const grpc::Status& refusal, std::string bytes) : bytes_(std::move(bytes)) {
+    if (refusal.ok()) {
+      Next();
+    } else {
+      Finish(refusal);
+    }
+  }
+  void OnWriteDone(bool ok) override {
+    if (ok) {
+      Next();
+    } else {
+      Finish(grpc::Status::CANCELLED);
+    }
+  }
+  void OnDone() override { delete this; }
+
+ private:
+  void Next() {
+    if (sent_ >= bytes_.size()) {
+      Finish(grpc::Status::OK);
+      return;
+    }
+    chunk_.set_data(bytes_.substr(sent_, kMetadataChunk));
+    sent_ += chunk_.data().size();
+    StartWrite(&chunk_);
+  }
+  const std::string bytes_;
+  size_t sent_ = 0;
+  v1::MetadataChunk chunk_;
+};
+
+}  // namespace
+
+class EngineService::Impl : public v1::Engine::CallbackService {
+ public:
+  grpc::ServerUnaryReactor* Describe(grpc::CallbackServerContext* context, const v1::DescribeEngineRequest*,
+                                     v1::EngineDescription* d) override {
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    absl::MutexLock lock(&mutex_);
+    if (scheduler_ == nullptr) {
+      reactor->Finish(NotReady());
+      return reactor;
+    }
+    const SchedulerSnapshot now = scheduler_->Snapshot();
+    d->set_model_name(info_.model_name);
+    d->set_model_fingerprint(info_.model_fingerprint);
+    d->set_architecture(info_.architecture);
+    d->set_vocab_size(static_cast<uint32_t>(info_.vocab_size));
+    d->set_context_length(info_.context_length);
+    d->set_max_batch_size(info_.max_batch_size);
+    d->set_max_waiting(info_.max_waiting);
+    d->set_backend(scheduler_->backend().name());
+    d->set_isa(info_.isa);
+    d->set_instance_id(info_.instance_id);
+    d->set_running(now.running);
+    d->set_waiting(now.waiting);
+    d->set_expert_processes(info_.expert_processes);
+    d->set_kv_capacity_tokens(int64_t{scheduler_->backend().page_count()} *
+                              scheduler_->backend().page_tokens());
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
+  }
+
+  grpc::ServerWriteReactor<v1::MetadataChunk>* ReadMetadata(grpc::CallbackServerContext*,
+                                                            const v1::ReadMetadataRequest*) override {
+    absl::MutexLock lock(&mutex_);
+    return new MetadataCall(scheduler_ == nullptr ? NotReady() : grpc::Status::OK, info_.metadata);
+  }
+
+  grpc::ServerWriteReactor<v1::GenerateEvent>* Generate(grpc::CallbackServerContext*,
+                                                        const v1::GenerateRequest* request) override {
+    Scheduler* scheduler;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (scheduler_ == nullptr) return new RefusedCall(NotReady());
+      scheduler = scheduler_;
+    }
+    return GenerateCall::Begin(scheduler, *request);
+  }
+
+  void SetProgress(const std::string& text) {
+    absl::MutexLock lock(&mutex_);
+    progress_ = text;
+  }
+  void SetReady(EngineInfo info, Scheduler* scheduler) {
+    absl::MutexLock lock(&mutex_);
+    info_ = std::move(info);
+    scheduler_ = scheduler;
+  }
+
+ private:
+  grpc::Status NotReady() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("the engine is starting: ", progress_)};
+  }
+  absl::Mutex mutex_;
+  std::string progress_ ABSL_GUARDED_BY(mutex_) = "reading the model";
+  EngineInfo info_ ABSL_GUARDED_BY(mutex_);
+  Scheduler* scheduler_ ABSL_GUARDED_BY(mutex_) = nullptr;
+};
+
+EngineService::EngineService() : impl_(std::make_unique<Impl>()) {}
+EngineService::~EngineService() = default;
+grpc::Service* EngineService::service() { return impl_.get(); }
+void EngineService::SetProgress(const std::string& text) { impl_->SetProgress(text); }
+void EngineService::SetReady(EngineInfo info, Scheduler* scheduler) {
+  impl_->SetReady(std::move(info), scheduler);
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,78 @@
+#include "services/attention_gpu/service/options.h"
+
+#include <cctype>
+
+#include <CLI/CLI.hpp>
+
+namespace tandem::attention {
+namespace {
+
+// --max-batch-size becomes TANDEM_MAX_BATCH_SIZE.
+void NameEnvironment(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    const std::string name = option->get_single_name();
+    if (name == "help" || name == "version" || name == "config") continue;
+    std::string env = "TANDEM_";
+    for (char c : name)
+      env += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+    option->envname(env);
+  }
+}
+
+}  // namespace
+
+ParsedOptions ParseOptions(int argc, char** argv) {
+  ParsedOptions out;
+  Options& o = out.options;
+  CLI::App app("tandem-attention: attention, dense layers, KV cache and sampling of a DeepSeek model");
+  app.set_version_flag("--version", TANDEM_VERSION);
+  app.set_config("--config", "", "read flags from this file");
+  app.add_option("--model", o.model, "GGUF file, first file of a split model, or folder")->required();
+  app.add_option("--listen", o.listen, "gRPC address, host:port or unix:PATH; repeatable")
+      ->capture_default_str();
+  app.add_option("--metrics-listen", o.metrics_listen, "host:port of /metrics; empty: none")
+      ->capture_default_str();
+  app.add_option("--expert", o.experts, "address of an expert process; repeatable");
+  app.add_option("--expert-groups", o.expert_groups, "group-limited routing: auto, off or N/M")
+      ->capture_default_str();
+  app.add_option("--precision", o.precision, "fast or reference")
+      ->check(CLI::IsMember({"fast", "reference"}))
+      ->capture_default_str();
+  app.add_option("--cpus", o.cpus, "pin the threads to these CPUs, such as 0-7,16");
+  app.add_option("--threads", o.threads, "compute threads; 0: one per allowed CPU")
+      ->check(CLI::Range(0, 4096));
+  app.add_option("--ctx", o.ctx, "tokens a sequence may have; 0: the model's, at most 8192")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 24));
+  app.add_option("--kv-tokens", o.kv_tokens, "tokens of KV cache for all sequences together; 0: by --ctx")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
+  app.add_option("--max-batch-size", o.max_batch_size, "sequences that run together")
+      ->check(CLI::Range(1, 4096));
+  app.add_option("--max-waiting", o.max_waiting, "sequences that may wait beyond those")
+      ->check(CLI::Range(0, 1 << 20));
+  app.add_option("--chunk-size", o.chunk_size, "prompt tokens of a step")->check(CLI::Range(1, 65536));
+  app.add_option("--mixed-chunk-size", o.mixed_chunk_size, "prompt tokens of a step beside running sequences")
+      ->check(CLI::Range(1, 65536));
+  app.add_option("--expert-patience", o.expert_patience, "seconds to wait for lost experts")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--expert-timeout", o.expert_timeout, "seconds one expert call may take")
+      ->check(CLI::Range(0.001, 86400.0));
+  app.add_option("--attach-patience", o.attach_patience, "seconds to wait for experts at start-up")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--drain-timeout", o.drain_timeout, "seconds that running sequences get at a stop")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for TCP listeners");
+  app.add_option("--tls-key", o.tls.key_file, "PEM key");
+  app.add_option("--tls-ca", o.tls.ca_file, "PEM CA that peers' certificates must come from");
+  NameEnvironment(app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    const int code = app.exit(e);
+    out.exit_code = code == 0 ? 0 : 2;
+    return out;
+  }
+  out.run = true;
+  return out;
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,43 @@
+// The flags of tandem-attention. Each is also TANDEM_<FLAG> in the environment and a key of --config FILE.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/rpc/server.h"
+
+namespace tandem::attention {
+
+struct Options {
+  std::string model;
+  std::vector<std::string> listen = {"127.0.0.1:10010"};
+  std::string metrics_listen = "127.0.0.1:10011";  // empty: none
+  std::vector<std::string> experts;
+  std::string expert_groups = "auto";
+  std::string precision = "fast";
+  std::string cpus;       // list such as 0-7,16; empty: not pinned
+  int threads = 0;        // 0: one per allowed CPU
+  int64_t ctx = 0;        // 0: the model's context, at most 8192
+  int64_t kv_tokens = 0;  // 0: chosen from ctx and max_batch_size
+  int32_t max_batch_size = 16;
+  int32_t max_waiting = 256;
+  int32_t chunk_size = 256;
+  int32_t mixed_chunk_size = 64;
+  double expert_patience = 60;    // seconds
+  double expert_timeout = 60;     // seconds
+  double attach_patience = 3600;  // seconds
+  double drain_timeout = 30;      // seconds
+  rpc::TlsOptions tls;
+};
+
+// What to do after parsing: run, or leave with this exit code (help, version, bad flag; the text is printed).
+struct ParsedOptions {
+  bool run = false;
+  int exit_code = 0;
+  Options options;
+};
+ParsedOptions ParseOptions(int argc, char** argv);
+
+}  // namespace tandem::attention
