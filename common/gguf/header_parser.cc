@@ -20,6 +20,9 @@ constexpr uint64_t kMinKeyValueBytes = 8 + 1 + 4 + 1;        // key of one byte,
 constexpr uint64_t kMinTensorBytes = 8 + 1 + 4 + 8 + 4 + 8;  // name of one byte, one dimension
 constexpr uint64_t kMaxNameBytes = 65535;                    // of keys and tensor names
 constexpr uint32_t kMaxAlignment = 1u << 20;
+// No header comes near this (DeepSeek-R1: 8 MB). It bounds what a huge, perhaps sparse, file can make us
+// allocate.
+constexpr uint64_t kMaxHeaderBytes = uint64_t{256} << 20;
 
 absl::string_view View(std::string_view s) { return absl::string_view(s.data(), s.size()); }
 
@@ -49,7 +52,10 @@ uint64_t ScalarBytes(ValueType type) {
 // Walks the bytes of one file; every read is checked against the bytes left.
 class Parser {
  public:
-  Parser(std::span<const uint8_t> bytes, const std::string& name) : bytes_(bytes), name_(name) {}
+  Parser(std::span<const uint8_t> bytes, const std::string& name)
+      : bytes_(bytes.first(std::min<uint64_t>(bytes.size(), kMaxHeaderBytes))),
+        name_(name),
+        cut_(bytes_.size() < bytes.size()) {}
 
   absl::StatusOr<Header> Parse();
 
@@ -63,15 +69,16 @@ class Parser {
   absl::Status Invalid(uint64_t at, const std::string& message) const {
     return absl::InvalidArgumentError(absl::StrCat(Where(at), message));
   }
-  absl::Status Truncated(uint64_t at, std::string_view what, uint64_t need) const {
-    return absl::DataLossError(absl::StrCat(Where(at), View(what), " takes ", need, " bytes, but only ",
-                                            bytes_.size() - std::min<uint64_t>(at, bytes_.size()),
-                                            " are left: the file is truncated or corrupt"));
+  absl::Status NoRoom(uint64_t at, const std::string& what) const {
+    return absl::DataLossError(absl::StrCat(
+        Where(at), what, " cannot fit in the ", left(), " bytes left",
+        cut_ ? absl::StrCat(" of the ", kMaxHeaderBytes, " that a header may take: the file is corrupt")
+             : std::string(": the file is truncated or corrupt")));
   }
 
   template <typename T>
   absl::StatusOr<T> Read(std::string_view what) {
-    if (left() < sizeof(T)) return Truncated(pos_, what, sizeof(T));
+    if (left() < sizeof(T)) return NoRoom(pos_, absl::StrCat(View(what), " (", sizeof(T), " bytes)"));
     return ReadUnchecked<T>();
   }
   template <typename T>
@@ -95,6 +102,7 @@ class Parser {
 
   const std::span<const uint8_t> bytes_;
   const std::string& name_;
+  const bool cut_;  // the file is longer than bytes_
   uint64_t pos_ = 0;
   std::string context_;  // "key 'x'", "tensor 'y'"
   uint64_t n_tensors_ = 0;
@@ -107,10 +115,7 @@ class Parser {
 absl::StatusOr<std::string> Parser::ReadString(std::string_view what, uint64_t max_bytes) {
   const uint64_t at = pos_;
   TANDEM_ASSIGN_OR_RETURN(const uint64_t length, Read<uint64_t>(what));
-  if (length > left()) {
-    return absl::DataLossError(absl::StrCat(Where(at), View(what), " claims ", length, " bytes, but only ",
-                                            left(), " are left: the file is truncated or corrupt"));
-  }
+  if (length > left()) return NoRoom(at, absl::StrCat(View(what), " of ", length, " bytes"));
   if (length > max_bytes) {
     return Invalid(at,
                    absl::StrCat(View(what), " of ", length, " bytes; at most ", max_bytes, " are allowed"));
@@ -132,7 +137,7 @@ absl::Status Parser::ParseFixedHeader() {
         absl::StrCat(name_, ": not a GGUF file: ", DescribeForeignMagic(bytes_)));
   }
   context_ = "header";
-  if (bytes_.size() < kFixedHeaderBytes) return Truncated(0, "the GGUF header", kFixedHeaderBytes);
+  if (bytes_.size() < kFixedHeaderBytes) return NoRoom(0, "the fixed header (24 bytes)");
   pos_ = 4;
   header_.version = ReadUnchecked<uint32_t>();
   n_tensors_ = ReadUnchecked<uint64_t>();
@@ -156,14 +161,8 @@ absl::Status Parser::ParseFixedHeader() {
         absl::StrCat(name_, ": GGUF version ", version, " is not supported (versions 2 and 3 are)"));
   }
   // Counts are bounded by what the shortest entry takes, before anything is allocated for them.
-  if (n_kv_ > left() / kMinKeyValueBytes) {
-    return absl::DataLossError(absl::StrCat(Where(16), n_kv_, " metadata entries cannot fit in the ", left(),
-                                            " bytes left: the file is truncated or corrupt"));
-  }
-  if (n_tensors_ > left() / kMinTensorBytes) {
-    return absl::DataLossError(absl::StrCat(Where(8), n_tensors_, " tensors cannot fit in the ", left(),
-                                            " bytes left: the file is truncated or corrupt"));
-  }
+  if (n_kv_ > left() / kMinKeyValueBytes) return NoRoom(16, absl::StrCat(n_kv_, " metadata entries"));
+  if (n_tensors_ > left() / kMinTensorBytes) return NoRoom(8, absl::StrCat(n_tensors_, " tensors"));
   return absl::OkStatus();
 }
 
@@ -204,8 +203,8 @@ absl::Status Parser::ParseScalar(Value* value) {
 
 absl::Status Parser::ParseArray(Value* value) {
   const uint64_t at = pos_;
-  TANDEM_ASSIGN_OR_RETURN(const uint32_t element, Read<uint32_t>("the element type of an array"));
-  TANDEM_ASSIGN_OR_RETURN(const uint64_t count, Read<uint64_t>("the count of an array"));
+  TANDEM_ASSIGN_OR_RETURN(const uint32_t element, Read<uint32_t>("an element type"));
+  TANDEM_ASSIGN_OR_RETURN(const uint64_t count, Read<uint64_t>("an array count"));
   value->element_type = static_cast<ValueType>(element);
   if (value->element_type == ValueType::kArray) {
     return absl::UnimplementedError(absl::StrCat(Where(at), "arrays of arrays are not supported"));
@@ -214,9 +213,8 @@ absl::Status Parser::ParseArray(Value* value) {
   const uint64_t min_bytes = strings ? 8 : ScalarBytes(value->element_type);
   if (min_bytes == 0) return Invalid(at, absl::StrCat("unknown element type ", element, " of an array"));
   if (count > left() / min_bytes) {
-    return absl::DataLossError(
-        absl::StrCat(Where(at + 4), "an array of ", count, " ", View(ValueTypeName(value->element_type)),
-                     " values cannot fit in the ", left(), " bytes left: the file is truncated or corrupt"));
+    return NoRoom(at + 4,
+                  absl::StrCat("an array of ", count, " ", View(ValueTypeName(value->element_type)), "s"));
   }
   // From here the bytes of all elements are known to be there (of strings: their lengths).
   switch (value->element_type) {
@@ -374,10 +372,7 @@ absl::StatusOr<Header> Parser::Parse() {
   }
   TANDEM_RETURN_IF_ERROR(ParseAlignment());
   context_ = "tensor list";
-  if (n_tensors_ > left() / kMinTensorBytes) {
-    return absl::DataLossError(absl::StrCat(Where(pos_), n_tensors_, " tensors cannot fit in the ", left(),
-                                            " bytes left: the file is truncated or corrupt"));
-  }
+  if (n_tensors_ > left() / kMinTensorBytes) return NoRoom(pos_, absl::StrCat(n_tensors_, " tensors"));
   header_.tensors.reserve(n_tensors_);
   for (uint64_t i = 0; i < n_tensors_; ++i) {
     context_ = absl::StrCat("tensor ", i, " of ", n_tensors_);
