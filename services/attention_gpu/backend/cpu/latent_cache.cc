@@ -10,7 +10,7 @@
 
 namespace tandem::attention {
 
-void LatentCache::Unmap::operator()(float* p) const {
+void UnmapFloats::operator()(float* p) const {
   if (p != nullptr) ::munmap(p, bytes);
 }
 
@@ -30,7 +30,7 @@ absl::StatusOr<LatentCache> LatentCache::Create(int64_t layers, int32_t pages, i
   }
   ::madvise(p, *bytes, MADV_HUGEPAGE);
   LatentCache c;
-  c.data_ = std::unique_ptr<float[], Unmap>(static_cast<float*>(p), Unmap{static_cast<size_t>(*bytes)});
+  c.data_ = std::unique_ptr<float[], UnmapFloats>(static_cast<float*>(p), UnmapFloats{static_cast<size_t>(*bytes)});
   c.pages_ = pages;
   c.page_tokens_ = page_tokens;
   c.width_ = width;

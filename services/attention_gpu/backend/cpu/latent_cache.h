@@ -10,6 +10,11 @@
 
 namespace tandem::attention {
 
+struct UnmapFloats {
+  size_t bytes = 0;
+  void operator()(float* p) const;
+};
+
 // Not thread-safe for writes of one position; reads of written positions are.
 class LatentCache {
  public:
@@ -30,11 +35,7 @@ class LatentCache {
   int64_t width() const { return width_; }
 
  private:
-  struct Unmap {
-    size_t bytes = 0;
-    void operator()(float* p) const;
-  };
-  std::unique_ptr<float[], Unmap> data_;
+  std::unique_ptr<float[], UnmapFloats> data_;
   int32_t pages_ = 0;
   int32_t page_tokens_ = 0;
   int64_t width_ = 0;
