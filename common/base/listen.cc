@@ -119,4 +119,13 @@ absl::Status ProbeListen(const std::string& address) {
   return absl::NotFoundError(absl::StrCat("cannot listen at ", address, ": ", std::strerror(error)));
 }
 
+void TouchTcp(const HostPort& at) {
+  const auto found = Resolve(at, at.ToString());
+  if (!found.ok()) return;
+  const int fd = socket((*found)->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return;
+  (void)!connect(fd, (*found)->ai_addr, (*found)->ai_addrlen);
+  close(fd);
+}
+
 }  // namespace tandem

@@ -28,4 +28,7 @@ absl::StatusOr<std::vector<HostPort>> ResolveListen(const std::string& address);
 // AlreadyExists: in use; PermissionDenied: a privileged port; NotFound: not an address of this machine.
 absl::Status ProbeListen(const std::string& address);
 
+// Connects to a numeric address and hangs up at once; failures do not matter.
+void TouchTcp(const HostPort& at);
+
 }  // namespace tandem

@@ -8,8 +8,11 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <atomic>
+#include <chrono>
 #include <exception>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -59,6 +62,20 @@ std::vector<double> Steps(double first, double last) {
   return out;
 }
 
+// The HTTP server looks whether it is to stop only every two seconds or when a client comes. So be one.
+void StopQuickly(std::unique_ptr<prometheus::Exposer> exposer, const HostPort& at) {
+  std::atomic<bool> stopped{false};
+  std::thread visitor([&] {
+    while (!stopped) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      TouchTcp(at);
+    }
+  });
+  exposer.reset();
+  stopped = true;
+  visitor.join();
+}
+
 }  // namespace
 
 std::vector<double> MicrosecondBuckets() { return Steps(1e-6, 1); }
@@ -80,6 +97,7 @@ struct Metrics::Impl {
   std::map<Key, std::unique_ptr<Gauge>> gauges;
   std::map<Key, std::unique_ptr<Histogram>> histograms;
   std::unique_ptr<prometheus::Exposer> exposer;
+  HostPort exposed_at;
 
   // The one object of a name and labels, made by `make` at the first call.
   template <typename T, typename Make>
@@ -98,7 +116,9 @@ Metrics::Metrics(std::string service) : impl_(std::make_unique<Impl>(std::move(s
       .Set(1);
 }
 
-Metrics::~Metrics() = default;
+Metrics::~Metrics() {
+  if (impl_->exposer != nullptr) StopQuickly(std::move(impl_->exposer), impl_->exposed_at);
+}
 
 Counter& Metrics::AddCounter(const std::string& name, const std::string& help, const Labels& labels) {
   // The naming rule of Prometheus that is easiest to forget.
@@ -147,6 +167,8 @@ absl::StatusOr<int> Metrics::Serve(const std::string& address) {
     const std::vector<int> ports = exposer->GetListeningPorts();
     if (ports.empty()) return absl::InternalError(absl::StrCat("metrics: no port bound for ", address));
     impl_->exposer = std::move(exposer);
+    impl_->exposed_at = at.front();
+    impl_->exposed_at.port = ports.front();
     return ports.front();
   } catch (const std::exception& e) {
     return absl::UnavailableError(absl::StrCat("metrics: cannot listen at ", address, ": ", e.what()));

@@ -1,0 +1,100 @@
+#include "services/expert_cpu/options.h"
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <iostream>
+
+#include "common/topology/cpu_list.h"
+
+namespace tandem::expert {
+namespace {
+
+// "A<separator>B", two whole numbers of at most 9 digits.
+bool ParsePair(const std::string& text, char separator, int64_t& a, int64_t& b) {
+  const size_t at = text.find(separator);
+  if (at == std::string::npos || at > 9 || text.size() - at > 10) return false;
+  const char* data = text.data();
+  const char* end = data + text.size();
+  const auto first = std::from_chars(data, data + at, a);
+  const auto second = std::from_chars(data + at + 1, end, b);
+  return first.ec == std::errc() && first.ptr == data + at && second.ec == std::errc() && second.ptr == end &&
+         a >= 0 && b >= 0;
+}
+
+}  // namespace
+
+std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit_code) {
+  Options o;
+  std::string slice, experts, cpus, precision = "fast";
+  CLI::App app("tandem-expert: holds a shard of a model's routed experts and answers batched calls over gRPC",
+               "tandem-expert");
+  app.set_version_flag("--version", TANDEM_VERSION);
+  app.set_config("--config", "", "A file with these settings, one NAME = VALUE a line")
+      ->envname("TANDEM_CONFIG");
+  app.allow_config_extras(CLI::config_extras_mode::error);
+  app.add_option("--model,--model-path,--gguf-path", o.model,
+                 "GGUF file, the first file of a split model, or a folder with either (needed)")
+      ->envname("TANDEM_MODEL");
+  app.add_option("--listen", o.listen, "HOST:PORT or unix:PATH; may be given several times")
+      ->delimiter(',')
+      ->envname("TANDEM_LISTEN");
+  app.add_option("--metrics-listen", o.metrics_listen, "HOST:PORT of GET /metrics; none if left out")
+      ->envname("TANDEM_METRICS_LISTEN");
+  app.add_option("--slice", slice, "K/N: slice K (from 0) of N of every expert's intermediate dimension")
+      ->envname("TANDEM_SLICE");
+  app.add_option("--experts", experts, "A-B: experts A to B-1 only")->envname("TANDEM_EXPERTS");
+  app.add_option("--threads,--cpu-infer,--cpu_infer", o.threads, "Compute threads; 0: one a physical core")
+      ->check(CLI::Range(0, 4096))
+      ->envname("TANDEM_THREADS");
+  app.add_option("--cpus", cpus, "CPUs to pin the threads to, as in 0-7,16; overrides those of --numa-node")
+      ->envname("TANDEM_CPUS");
+  app.add_option("--numa-node", o.numa_node, "Bind threads and memory to this NUMA node; -1: do not")
+      ->check(CLI::Range(-1, 1023))
+      ->envname("TANDEM_NUMA_NODE");
+  app.add_option("--numa-nodes", o.numa_nodes, "Simulate so many NUMA nodes; 0: those of the machine")
+      ->check(CLI::Range(0, 64))
+      ->envname("TANDEM_NUMA_NODES");
+  app.add_option("--precision", precision, "fast, or reference: dequantized weights, sums in double")
+      ->check(CLI::IsMember({"fast", "reference"}))
+      ->envname("TANDEM_PRECISION");
+  app.add_option("--max-tokens", o.max_tokens, "Most tokens in a call")
+      ->check(CLI::Range(1, 65536))
+      ->envname("TANDEM_MAX_TOKENS");
+  app.add_option("--load-threads", o.load_threads, "Reads in flight while loading")
+      ->check(CLI::Range(1, 256))
+      ->envname("TANDEM_LOAD_THREADS");
+  app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for the TCP addresses")
+      ->envname("TANDEM_TLS_CERT");
+  app.add_option("--tls-key", o.tls.key_file, "PEM key of the certificate")->envname("TANDEM_TLS_KEY");
+  app.add_option("--tls-ca", o.tls.ca_file, "PEM CA that clients' certificates must be of")
+      ->envname("TANDEM_TLS_CA");
+
+  const auto wrong = [&](const std::string& what) {
+    std::cerr << "tandem-expert: " << what << "\nRun with --help for the flags.\n";
+    *exit_code = 2;
+    return std::nullopt;
+  };
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& e) {
+    *exit_code = app.exit(e);
+    return std::nullopt;
+  } catch (const CLI::Error& e) {
+    return wrong(e.what());
+  }
+  if (o.model.empty()) return wrong("--model is missing");
+  if (!slice.empty() && !ParsePair(slice, '/', o.shard.slice_index, o.shard.slice_count)) {
+    return wrong("--slice " + slice + " is not K/N, as in 0/2");
+  }
+  if (!experts.empty() && !ParsePair(experts, '-', o.shard.expert_begin, o.shard.expert_end)) {
+    return wrong("--experts " + experts + " is not A-B, as in 0-128");
+  }
+  const absl::StatusOr<std::vector<int>> list = topology::ParseCpuList(cpus);
+  if (!list.ok()) return wrong("--cpus " + cpus + ": " + std::string(list.status().message()));
+  o.cpus = *list;
+  o.precision = precision == "reference" ? kernels::Precision::kReference : kernels::Precision::kFast;
+  if (o.listen.empty()) o.listen = {"127.0.0.1:10020"};
+  return o;
+}
+
+}  // namespace tandem::expert

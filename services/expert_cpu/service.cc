@@ -1,0 +1,249 @@
+#include "services/expert_cpu/service.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <random>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "common/rpc/channel.h"
+#include "tandem/v1/experts.grpc.pb.h"
+
+namespace tandem::expert {
+namespace {
+
+std::span<const uint8_t> Bytes(const std::string& s) {
+  return {reinterpret_cast<const uint8_t*>(s.data()), s.size()};
+}
+
+// New at each start, so that a client can tell a restart from a reconnect.
+std::string RandomId() {
+  std::random_device random;
+  return absl::StrFormat("%08x%08x", random(), random());
+}
+
+absl::StatusOr<Call> ToCall(const v1::ForwardRequest& request) {
+  Call call;
+  call.layer = request.layer();
+  call.n_tokens = request.n_tokens();
+  call.experts_per_token = request.experts_per_token();
+  call.expert_ids = Bytes(request.expert_ids());
+  call.expert_weights = Bytes(request.expert_weights());
+  call.activations = Bytes(request.activations());
+  switch (request.activation_type()) {
+    case v1::DATA_TYPE_F32:
+      call.activation_type = ActivationType::kF32;
+      break;
+    case v1::DATA_TYPE_BF16:
+      call.activation_type = ActivationType::kBf16;
+      break;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(
+          "activation_type ", static_cast<int>(request.activation_type()), " is not F32 or BF16"));
+  }
+  switch (request.answer_type()) {
+    case v1::DATA_TYPE_F32:
+      call.answer_type = AnswerType::kF32;
+      break;
+    case v1::DATA_TYPE_F64:
+      call.answer_type = AnswerType::kF64;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("answer_type ", static_cast<int>(request.answer_type()), " is not F32 or F64"));
+  }
+  return call;
+}
+
+}  // namespace
+
+class ExpertsService::Impl final : public v1::Experts::Service {
+ public:
+  Impl(telemetry::Metrics& metrics, const LoadProgress& progress, const Identity& identity)
+      : progress_(progress), identity_(identity), metrics_(metrics) {}
+
+  void SetReady(const Shard& shard, Moe& moe, double read_ceiling) {
+    metrics_.AddGauge("tandem_expert_resident_bytes", "Bytes of expert weights in memory.", Node())
+        .Set(static_cast<double>(shard.resident_bytes()));
+    const std::lock_guard lock(mutex_);
+    shard_ = &shard;
+    moe_ = &moe;
+    read_ceiling_ = read_ceiling;
+    if (read_ceiling > 0) {
+      bandwidth_ratio_ = &metrics_.AddGauge("tandem_expert_bandwidth_ratio",
+                                            "Bytes of weights read a second in recent calls, as a share of "
+                                            "what a plain read loop reached at start-up.",
+                                            Node());
+    }
+  }
+
+  void Stop() {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    for (const auto& [context, busy] : streams_) {
+      if (!busy) context->TryCancel();
+    }
+  }
+
+  grpc::Status Describe(grpc::ServerContext*, const v1::DescribeRequest*,
+                        v1::ShardDescription* out) override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (moe_ == nullptr || stopping_) return rpc::ToGrpc(NotReady());
+    }
+    // The pointers do not change any more.
+    const ShardPlan& plan = shard_->plan();
+    out->set_model_fingerprint(shard_->fingerprint());
+    out->set_model_name(shard_->model_name());
+    out->set_hidden_size(static_cast<uint32_t>(plan.hidden_size));
+    out->set_moe_intermediate_size(static_cast<uint32_t>(plan.moe_intermediate_size));
+    out->set_n_routed_experts(static_cast<uint32_t>(plan.n_routed_experts));
+    out->set_num_experts_per_tok(static_cast<uint32_t>(plan.num_experts_per_tok));
+    for (const int64_t layer : plan.layers) out->add_layers(static_cast<uint32_t>(layer));
+    out->set_expert_begin(static_cast<uint32_t>(plan.expert_begin));
+    out->set_expert_end(static_cast<uint32_t>(plan.expert_end));
+    out->set_row_begin(static_cast<uint32_t>(plan.row_begin));
+    out->set_row_end(static_cast<uint32_t>(plan.row_end));
+    for (const std::string& type : shard_->WeightTypes()) out->add_weight_types(type);
+    out->set_isa(std::string(kernels::IsaName(kernels::ActiveIsa())));
+    out->set_numa_node(identity_.numa_node);
+    out->set_threads(static_cast<uint32_t>(identity_.threads));
+    out->set_max_tokens(static_cast<uint32_t>(moe_->options().max_tokens));
+    out->set_precision(moe_->options().precision == kernels::Precision::kReference ? v1::PRECISION_REFERENCE
+                                                                                   : v1::PRECISION_FAST);
+    out->set_resident_bytes(shard_->resident_bytes());
+    out->set_instance_id(instance_id_);
+    return grpc::Status::OK;
+  }
+
+  grpc::Status Forward(grpc::ServerContext* context,
+                       grpc::ServerReaderWriter<v1::ForwardResponse, v1::ForwardRequest>* stream) override {
+    if (const absl::Status open = Open(context); !open.ok()) return rpc::ToGrpc(open);
+    v1::ForwardRequest request;  // reused: its strings keep their memory
+    v1::ForwardResponse response;
+    bool stopped = false;
+    while (!stopped && stream->Read(&request)) {
+      if (!SetBusy(context, true)) break;
+      Answer(request, response);
+      const bool written = stream->Write(response);
+      stopped = !SetBusy(context, false);
+      if (!written) break;
+    }
+    const bool stopping = Close(context);
+    return stopping ? rpc::ToGrpc(absl::UnavailableError("the expert process is stopping"))
+                    : grpc::Status::OK;
+  }
+
+ private:
+  telemetry::Labels Node() const { return {{"numa_node", std::to_string(identity_.numa_node)}}; }
+
+  absl::Status NotReady() const {
+    if (stopping_) return absl::UnavailableError("the expert process is stopping");
+    const uint64_t total = progress_.bytes_total, read = progress_.bytes_read;
+    if (total == 0) return absl::UnavailableError("loading: the model file is being opened");
+    return absl::UnavailableError(absl::StrFormat(
+        "loading: %.0f %% (%.2f of %.2f GB)", 100.0 * static_cast<double>(read) / static_cast<double>(total),
+        static_cast<double>(read) / 1e9, static_cast<double>(total) / 1e9));
+  }
+
+  absl::Status Open(grpc::ServerContext* context) {
+    const std::lock_guard lock(mutex_);
+    if (moe_ == nullptr || stopping_) return NotReady();
+    streams_[context] = false;
+    return absl::OkStatus();
+  }
+  // False: stopping, the stream is to end.
+  bool SetBusy(grpc::ServerContext* context, bool busy) {
+    const std::lock_guard lock(mutex_);
+    streams_[context] = busy;
+    return !stopping_;
+  }
+  bool Close(grpc::ServerContext* context) {
+    const std::lock_guard lock(mutex_);
+    streams_.erase(context);
+    return stopping_;
+  }
+
+  void Answer(const v1::ForwardRequest& request, v1::ForwardResponse& response) {
+    const absl::StatusOr<CallStatistics> done = Compute(request, *response.mutable_answer());
+    response.set_sequence(request.sequence());
+    response.set_status_code(static_cast<uint32_t>(done.status().code()));
+    response.set_status_message(std::string(done.status().message()));
+    if (!done.ok()) response.clear_answer();
+    const CallStatistics s = done.ok() ? *done : CallStatistics{};
+    response.set_compute_nanoseconds(static_cast<uint64_t>(s.nanoseconds));
+    response.set_weight_bytes_read(s.weight_bytes_read);
+    response.set_distinct_experts(static_cast<uint32_t>(s.distinct_experts));
+    if (!done.ok()) {
+      errors_.Add();
+      return;
+    }
+    calls_.Add();
+    seconds_.Observe(static_cast<double>(s.nanoseconds) * 1e-9);
+    bytes_read_.Add(static_cast<double>(s.weight_bytes_read));
+    ObserveBandwidth(static_cast<double>(s.weight_bytes_read), static_cast<double>(s.nanoseconds) * 1e-9);
+  }
+
+  // Over about the last hundred calls.
+  void ObserveBandwidth(double bytes, double seconds) {
+    if (bandwidth_ratio_ == nullptr) return;
+    const std::lock_guard lock(mutex_);
+    recent_bytes_ = 0.99 * recent_bytes_ + bytes;
+    recent_seconds_ = 0.99 * recent_seconds_ + seconds;
+    if (recent_seconds_ > 0) bandwidth_ratio_->Set(recent_bytes_ / recent_seconds_ / read_ceiling_);
+  }
+
+  absl::StatusOr<CallStatistics> Compute(const v1::ForwardRequest& request, std::string& answer) {
+    const absl::StatusOr<Call> call = ToCall(request);
+    if (!call.ok()) return call.status();
+    if (call->n_tokens > moe_->options().max_tokens) {  // before the answer takes memory
+      return absl::InvalidArgumentError(absl::StrCat(call->n_tokens, " tokens; from 1 to ",
+                                                     moe_->options().max_tokens, " can be in a call"));
+    }
+    answer.resize(moe_->AnswerBytes(call->n_tokens, call->answer_type));
+    return moe_->Forward(*call, {reinterpret_cast<uint8_t*>(answer.data()), answer.size()});
+  }
+
+  const LoadProgress& progress_;
+  const Identity identity_;
+  const std::string instance_id_ = RandomId();
+  telemetry::Metrics& metrics_;
+  telemetry::Histogram& seconds_ = metrics_.AddHistogram(
+      "tandem_expert_call_seconds", "Time of one batched call over the experts of a layer.",
+      telemetry::MicrosecondBuckets(), Node());
+  telemetry::Counter& bytes_read_ = metrics_.AddCounter(
+      "tandem_expert_bytes_read_total", "Bytes of the distinct experts that calls have read.", Node());
+  telemetry::Counter& calls_ = AddOutcome("ok");
+  telemetry::Counter& errors_ = AddOutcome("error");
+
+  telemetry::Counter& AddOutcome(const char* outcome) {
+    telemetry::Labels labels = Node();
+    labels["outcome"] = outcome;
+    return metrics_.AddCounter("tandem_expert_calls_total", "Batched calls by their outcome.", labels);
+  }
+
+  std::mutex mutex_;
+  const Shard* shard_ = nullptr;  // set once, together with moe_
+  Moe* moe_ = nullptr;
+  double read_ceiling_ = 0;  // likewise
+  telemetry::Gauge* bandwidth_ratio_ = nullptr;
+  double recent_bytes_ = 0;
+  double recent_seconds_ = 0;
+  bool stopping_ = false;
+  std::map<grpc::ServerContext*, bool> streams_;  // open ones, and whether they work
+};
+
+ExpertsService::ExpertsService(telemetry::Metrics& metrics, const LoadProgress& progress,
+                               const Identity& identity)
+    : impl_(std::make_unique<Impl>(metrics, progress, identity)) {}
+ExpertsService::~ExpertsService() = default;
+grpc::Service* ExpertsService::service() { return impl_.get(); }
+void ExpertsService::SetReady(const Shard& shard, Moe& moe, double read_ceiling) {
+  impl_->SetReady(shard, moe, read_ceiling);
+}
+void ExpertsService::Stop() { impl_->Stop(); }
+
+}  // namespace tandem::expert
