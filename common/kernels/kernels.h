@@ -41,8 +41,8 @@ struct Matrix {
   gguf::TensorType type = gguf::TensorType::kF32;
   const uint8_t* data = nullptr;
   int64_t rows = 0;
-  int64_t cols = 0;        // a multiple of the type's block size
-  int64_t row_bytes = 0;   // distance of rows; RowBytes(type, cols) unless the matrix is a slice of columns
+  int64_t cols = 0;       // a multiple of the type's block size
+  int64_t row_bytes = 0;  // distance of rows; RowBytes(type, cols) unless the matrix is a slice of columns
   static Matrix Of(gguf::TensorType type, const uint8_t* data, int64_t rows, int64_t cols);
 };
 
@@ -60,6 +60,10 @@ class Activations {
   void Assign(const float* x, int64_t n, int64_t cols) { Assign(x, n, cols, cols); }
   // Makes what products with `type` need. Idempotent. For Precision::kReference nothing is needed.
   void Prepare(gguf::TensorType type, Precision precision);
+  // The same in two steps, for many tokens: Reserve, then PrepareTokens over disjoint ranges that cover all
+  // tokens, from any threads. Reserve returns false if there is nothing to do (made already, or not needed).
+  bool Reserve(gguf::TensorType type, Precision precision);
+  void PrepareTokens(gguf::TensorType type, int64_t begin, int64_t end);
 
   int64_t tokens() const;
   int64_t cols() const;
@@ -73,7 +77,9 @@ class Activations {
 };
 
 // y[t * ldy + r] = sum_c W[r, c] x[t, c] for rows r in [row_begin, row_end) and all tokens t.
-// x must be prepared for w.type. Thread-safe for disjoint rows: the caller shares them out.
+// x must be prepared for w.type. Thread-safe for disjoint rows: the caller shares them out, best in multiples
+// of kRowGrain (other numbers are as right, but decode the spare lanes for nothing).
+constexpr int64_t kRowGrain = 64;
 void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x, float* y, int64_t ldy,
             Precision precision);
 
@@ -81,16 +87,16 @@ void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activatio
 void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
                   std::span<const int32_t> token_ids, float* y, int64_t ldy, Precision precision);
 
-// Products per leaf: a leaf is 256 columns (the last may be shorter), and each leaf is summed by itself as if it
-// were a matrix of its own: y[(i * n_rows + (r - row_begin)) * n_leaves + b]. n_leaves = ceil(cols / 256).
+// Products per leaf: a leaf is 256 columns (the last may be shorter), and each leaf is summed by itself as if
+// it were a matrix of its own: y[(i * n_rows + (r - row_begin)) * n_leaves + b]. n_leaves = ceil(cols / 256).
 // What lets a sum over columns be taken apart between processes and put together again bit for bit.
 constexpr int64_t kLeaf = 256;
 void MatMulLeaves(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
                   std::span<const int32_t> token_ids, float* y, Precision precision);
 
 // Elementwise and vector helpers, float32, any length; deterministic per ISA-independent definition above.
-float Dot(const float* a, const float* b, int64_t n);               // 16 lanes, tree
-void Axpy(float a, const float* x, float* y, int64_t n);            // y = fma(a, x, y)
+float Dot(const float* a, const float* b, int64_t n);                               // 16 lanes, tree
+void Axpy(float a, const float* x, float* y, int64_t n);                            // y = fma(a, x, y)
 void RmsNorm(const float* x, const float* weight, float eps, float* y, int64_t n);  // y = x / rms(x) * weight
 void SiluMul(const float* gate, const float* up, float* y, int64_t n);  // y = gate / (1 + exp(-gate)) * up
 

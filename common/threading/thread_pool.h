@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace tandem::threading {
@@ -26,14 +27,19 @@ class FunctionRef<R(Args...)> {
   R (*call_)(const void*, Args...);
 };
 
-// One loop runs at a time; calls from several threads wait for each other. Work is handed out in chunks from a
-// shared counter, so that a core that is busy elsewhere takes less of it: no static shares, no barrier on which
-// the fast wait for a descheduled thread that has nothing left to do.
+// Pins the calling thread; false, with errno set, if the system refuses.
+bool PinCurrentThread(int cpu);
+
+// One loop runs at a time; calls from several threads wait for each other. Work is handed out in chunks from
+// a shared counter, so that a core that is busy elsewhere takes less of it: no static shares, no barrier on
+// which the fast wait for a descheduled thread that has nothing left to do.
 class ThreadPool {
  public:
   struct Options {
-    int threads = 0;               // including the calling thread; 0: one per allowed CPU
-    std::vector<int> cpus;         // thread i is pinned to cpus[i % size]; empty: not pinned
+    int threads = 0;  // including the calling thread; 0: one per allowed CPU
+    // Worker i (from 1) is pinned to cpus[i % size]; empty: not pinned. cpus[0] is left for the caller, which
+    // may take it with PinCurrentThread. A failure to pin is said once on stderr.
+    std::vector<int> cpus = {};
     int64_t spin_microseconds = 50;  // how long an idle worker looks for work before it sleeps
     const char* name = "tandem-w";
   };
@@ -47,6 +53,17 @@ class ThreadPool {
   // Calls fn(begin, end, worker) over [0, n) in chunks of `grain`; worker in [0, threads()), 0 is the caller.
   // Returns when all of it is done. fn must not throw and must not call ParallelFor of the same pool.
   void ParallelFor(int64_t n, int64_t grain, FunctionRef<void(int64_t begin, int64_t end, int worker)> fn);
+
+  // Loops that depend on each other, one after the other: a phase starts when every chunk of the one before
+  // is done (and what it wrote is visible). Whoever finishes a phase starts the next, so it costs one
+  // handover between cores a phase and waits for no thread that has nothing in hand. `phases` and what the
+  // functions refer to must outlive the call.
+  struct Phase {
+    int64_t n;  // 0: skipped
+    int64_t grain;
+    FunctionRef<void(int64_t begin, int64_t end, int worker)> fn;
+  };
+  void RunPhases(std::span<const Phase> phases);
 
  private:
   struct Impl;

@@ -1,0 +1,102 @@
+#include "common/kernels/activations.h"
+
+#include "common/base/check.h"
+#include "common/kernels/dispatch.h"
+
+namespace tandem::kernels {
+
+ActivationForm FormFor(gguf::TensorType type) {
+  switch (type) {
+    case gguf::TensorType::kF32:
+    case gguf::TensorType::kF16:
+    case gguf::TensorType::kBF16:
+      return ActivationForm::kFloat;
+    case gguf::TensorType::kQ4_0:
+    case gguf::TensorType::kQ4_1:
+    case gguf::TensorType::kQ5_0:
+    case gguf::TensorType::kQ5_1:
+    case gguf::TensorType::kQ8_0:
+      return ActivationForm::kBlocks32;
+    case gguf::TensorType::kQ2_K:
+    case gguf::TensorType::kQ3_K:
+    case gguf::TensorType::kQ4_K:
+    case gguf::TensorType::kQ5_K:
+    case gguf::TensorType::kQ6_K:
+      return ActivationForm::kBlocks256;
+  }
+  CheckFailed(__FILE__, __LINE__, "weight type without kernels");
+}
+
+Activations::Activations() : impl_(std::make_unique<Impl>()) {}
+Activations::~Activations() = default;
+Activations::Activations(Activations&&) noexcept = default;
+Activations& Activations::operator=(Activations&&) noexcept = default;
+
+int64_t Activations::tokens() const { return impl_->n; }
+int64_t Activations::cols() const { return impl_->cols; }
+
+void Activations::Assign(const float* x, int64_t n, int64_t cols, int64_t stride) {
+  TANDEM_CHECK(n >= 0 && cols >= 0);
+  impl_->x = x;
+  impl_->n = n;
+  impl_->cols = cols;
+  impl_->stride = stride;
+  impl_->has_256 = false;
+  impl_->has_32 = false;
+}
+
+void Activations::Prepare(gguf::TensorType type, Precision precision) {
+  if (!Reserve(type, precision)) return;
+  PrepareTokens(type, 0, impl_->n);
+}
+
+bool Activations::Reserve(gguf::TensorType type, Precision precision) {
+  Impl& a = *impl_;
+  const ActivationForm form = FormFor(type);
+  if (precision == Precision::kReference || form == ActivationForm::kFloat) return false;
+  const int64_t units = (a.cols + internal::kUnit - 1) / internal::kUnit;
+  const int64_t cells = units * a.n;
+  if (form == ActivationForm::kBlocks256) {
+    TANDEM_CHECK(a.cols % 256 == 0);
+    if (a.has_256) return false;
+    a.b256.q.Resize(cells * internal::kUnit);
+    a.b256.d.Resize(cells);
+    a.b256.bsum16.Resize(cells * 16);
+    a.b256.bsum32.Resize(cells * 8);
+    a.has_256 = true;
+  } else {
+    TANDEM_CHECK(a.cols % 32 == 0);
+    if (a.has_32) return false;
+    a.b32.q.Resize(cells * internal::kUnit);
+    a.b32.d.Resize(cells * internal::kSubBlocks);
+    a.b32.neg_bsum.Resize(cells * internal::kSubBlocks);
+    a.b32.dsum.Resize(cells * internal::kSubBlocks);
+    a.has_32 = true;
+  }
+  return true;
+}
+
+void Activations::PrepareTokens(gguf::TensorType type, int64_t begin, int64_t end) {
+  Impl& a = *impl_;
+  const internal::KTables& tables = internal::ActiveTables();
+  const int64_t units = (a.cols + internal::kUnit - 1) / internal::kUnit;
+  const bool k = FormFor(type) == ActivationForm::kBlocks256;
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t u = 0; u < units; ++u) {
+      const float* x = a.x + t * a.stride + u * internal::kUnit;
+      const int64_t at = u * a.n + t;
+      if (k) {
+        tables.quantize_k(x, a.b256.q.data() + at * internal::kUnit, a.b256.d.data() + at,
+                          a.b256.bsum16.data() + at * 16, a.b256.bsum32.data() + at * 8);
+      } else {
+        const int64_t left = a.cols - u * internal::kUnit;
+        const int n = static_cast<int>(left < internal::kUnit ? left : internal::kUnit);
+        const int64_t s = at * internal::kSubBlocks;
+        tables.quantize_32(x, n, a.b32.q.data() + at * internal::kUnit, a.b32.d.data() + s,
+                           a.b32.neg_bsum.data() + s, a.b32.dsum.data() + s);
+      }
+    }
+  }
+}
+
+}  // namespace tandem::kernels

@@ -1,0 +1,21 @@
+// The kernels for AVX-512; compiled with its flags, called only where the machine has it.
+#define TANDEM_KERNELS_VNNI 0
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/kernels/internal.h"
+
+namespace tandem::kernels::internal {
+namespace {
+#include "common/kernels/vec512.inc"
+// After the vector layer.
+#include "common/kernels/decode.inc"
+#include "common/kernels/matmul.inc"
+#include "common/kernels/vector.inc"
+constexpr KTables kTables = MakeTables("avx512");
+}  // namespace
+
+const KTables* Avx512Tables() { return &kTables; }
+
+}  // namespace tandem::kernels::internal

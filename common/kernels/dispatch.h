@@ -1,0 +1,15 @@
+// The table of functions in use.
+#pragma once
+
+#include "common/kernels/internal.h"
+#include "common/kernels/kernels.h"
+
+namespace tandem::kernels::internal {
+
+const KTables& TablesFor(Isa isa);
+const KTables& ActiveTables();
+
+// Makes sure that this thread's scratch exists; valid until the thread ends.
+uint8_t* ThreadScratch();
+
+}  // namespace tandem::kernels::internal

@@ -1,0 +1,147 @@
+// Which instruction sets the machine, its operating system and this build have, and which one is used.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#include "common/base/check.h"
+#include "common/kernels/dispatch.h"
+#include "common/kernels/kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace tandem::kernels {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAmx};
+
+#if defined(__x86_64__)
+
+uint64_t ReadXcr0() {
+  uint32_t low = 0;
+  uint32_t high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Linux hands out the tile registers only to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool RequestTilePermission() {
+  constexpr long kArchReqXcompPerm = 0x1023;
+  constexpr long kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+}
+
+Isa Detect() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(1, 0, &a, &b, &c, &d) == 0) return Isa::kScalar;
+  const bool osxsave = (c >> 27 & 1) != 0;
+  const bool fma = (c >> 12 & 1) != 0;
+  const bool f16c = (c >> 29 & 1) != 0;
+  const bool avx = (c >> 28 & 1) != 0;
+  if (!osxsave || !avx || !fma || !f16c) return Isa::kScalar;
+  const uint64_t xcr0 = ReadXcr0();
+  if ((xcr0 & 0x6) != 0x6) return Isa::kScalar;  // SSE and AVX state
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return Isa::kScalar;
+  if ((b >> 5 & 1) == 0 || internal::Avx2Tables() == nullptr) return Isa::kScalar;
+  const bool avx512 = (b >> 16 & 1) != 0 && (b >> 17 & 1) != 0 && (b >> 30 & 1) != 0 && (b >> 31 & 1) != 0;
+  if (!avx512 || (xcr0 & 0xe0) != 0xe0 || internal::Avx512Tables() == nullptr) return Isa::kAvx2;
+  const bool vnni = (c >> 11 & 1) != 0;
+  if (!vnni || internal::Avx512VnniTables() == nullptr) return Isa::kAvx512;
+  const bool amx = (d >> 24 & 1) != 0 && (d >> 25 & 1) != 0;  // AMX-TILE, AMX-INT8
+  if (!amx || (xcr0 & 0x60000) != 0x60000 || internal::AmxTables() == nullptr || !RequestTilePermission()) {
+    return Isa::kAvx512Vnni;
+  }
+  return Isa::kAmx;
+}
+
+#else
+
+Isa Detect() { return Isa::kScalar; }
+
+#endif
+
+Isa Choose() {
+  const Isa best = DetectIsa();
+  const char* wanted = std::getenv("TANDEM_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (Isa isa : kAllIsas) {
+    if (IsaName(isa) != wanted) continue;
+    if (isa <= best) return isa;
+    std::fprintf(stderr, "TANDEM_ISA=%s: this machine or build has no more than %s, which is used\n", wanted,
+                 std::string(IsaName(best)).c_str());
+    return best;
+  }
+  std::fprintf(stderr,
+               "TANDEM_ISA=%s: unknown, %s is used; known are scalar, avx2, avx512, avx512-vnni, amx\n",
+               wanted, std::string(IsaName(best)).c_str());
+  return best;
+}
+
+Isa& Active() {
+  static Isa isa = Choose();
+  return isa;
+}
+
+}  // namespace
+
+std::string_view IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Vnni:
+      return "avx512-vnni";
+    case Isa::kAmx:
+      return "amx";
+  }
+  return "unknown";
+}
+
+Isa DetectIsa() {
+  static const Isa isa = Detect();
+  return isa;
+}
+
+Isa ActiveIsa() { return Active(); }
+
+void SetActiveIsaForTesting(Isa isa) {
+  TANDEM_CHECK(isa <= DetectIsa());
+  Active() = isa;
+}
+
+std::vector<Isa> AvailableIsas() {
+  std::vector<Isa> isas;
+  for (Isa isa : kAllIsas) {
+    if (isa <= DetectIsa()) isas.push_back(isa);
+  }
+  return isas;
+}
+
+namespace internal {
+
+const KTables& TablesFor(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      break;
+    case Isa::kAvx2:
+      return *Avx2Tables();
+    case Isa::kAvx512:
+      return *Avx512Tables();
+    case Isa::kAvx512Vnni:
+      return *Avx512VnniTables();
+    case Isa::kAmx:
+      return *AmxTables();
+  }
+  return *ScalarTables();
+}
+
+const KTables& ActiveTables() { return TablesFor(Active()); }
+
+}  // namespace internal
+}  // namespace tandem::kernels

@@ -1,0 +1,11 @@
+// A build for a machine that none of the vector units is written for: the scalar twins do the work.
+#include "common/kernels/internal.h"
+
+namespace tandem::kernels::internal {
+
+const KTables* Avx2Tables() { return nullptr; }
+const KTables* Avx512Tables() { return nullptr; }
+const KTables* Avx512VnniTables() { return nullptr; }
+const KTables* AmxTables() { return nullptr; }
+
+}  // namespace tandem::kernels::internal
