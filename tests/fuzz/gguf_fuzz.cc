@@ -1,7 +1,6 @@
-// Fuzz target of the GGUF reader, in the shape that libFuzzer and its relatives call:
-//   clang++ -std=c++20 -I. -fsanitize=fuzzer,address,undefined tests/fuzz/gguf_fuzz.cc common/gguf/*.cc ... \
-//     && ./a.out tests/fuzz/corpus/gguf
-// (without the _test.cc files). The build replays the corpus through replay_main.cc, with any compiler.
+// Fuzz target of the GGUF reader, in the shape that libFuzzer and its relatives call: build it with
+// `clang++ -fsanitize=fuzzer,address,undefined` and the sources of tandem_gguf and tandem_gguf_exercise, and give
+// it corpus/gguf. Ordinary builds replay that corpus through replay_main.cc.
 #include <cstddef>
 #include <cstdint>
 
