@@ -176,6 +176,30 @@ TEST(Faults, NoId_GigabytesFromA160ByteFile) {
   }
 }
 
+TEST(Faults, SparseFileOfManyGigabytesDoesNotJustifyItsCounts) {
+  // 64 GiB that take no room on the disk: the counts would fit the bytes left, but no header is that long.
+  constexpr uint64_t kSize = uint64_t{64} << 30;
+  const auto refused = [&](const std::string& header) {
+    const TempFolder folder;
+    const std::string path = folder.Write("bad.gguf", header);
+    std::error_code error;
+    std::filesystem::resize_file(path, kSize, error);
+    if (error) return std::string("cannot make a sparse file");
+    g_largest_allocation = 0;
+    const std::string message(File::Open(path).status().message());
+    EXPECT_LT(g_largest_allocation.load(), 4096u) << message;
+    return message;
+  };
+  const std::string list =
+      refused(RawGguf(0, 1).String("list").Put(kArray).Put(kString).Put(uint64_t{1} << 32).str());
+  if (list == "cannot make a sparse file") GTEST_SKIP() << list;
+  EXPECT_THAT(list, AllOf(HasSubstr("4294967296 strings"), HasSubstr("a header may take")));
+  EXPECT_THAT(refused(RawGguf(0, 1).String("text").Put(kString).Put(uint64_t{1} << 35).str()),
+              AllOf(HasSubstr("key 'text'"), HasSubstr("a header may take")));
+  EXPECT_THAT(refused(RawGguf(uint64_t{1} << 30).str()), HasSubstr("1073741824 tensors"));
+  EXPECT_THAT(refused(RawGguf(0, uint64_t{1} << 31).str()), HasSubstr("2147483648 metadata entries"));
+}
+
 TEST(Faults, NoId_EmptyAndDuplicateNames) {
   EXPECT_THAT(Refused(RawGguf(0, 1).KeyValue<uint32_t>("", kU32, 1).Data(32).str()),
               HasSubstr("empty metadata key"));

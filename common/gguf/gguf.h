@@ -100,7 +100,8 @@ struct Tensor {
 };
 
 // An opened model: the metadata of the first file and the tensors of all of them. Immutable and thread-safe
-// after opening; owns the memory maps that Tensor::data points into.
+// after opening; owns the read-only memory maps that Tensor::data points into. The files must not shrink
+// while they are mapped: the system answers a read past a new end with SIGBUS.
 class File {
  public:
   struct Options {

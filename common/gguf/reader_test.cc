@@ -167,6 +167,7 @@ TEST(Reader, TypeTable) {
   EXPECT_EQ(TypeName(static_cast<TensorType>(16)), "IQ2_XXS");
   EXPECT_FALSE(GetTypeInfo(static_cast<TensorType>(16)).supported);
   EXPECT_EQ(TypeName(static_cast<TensorType>(39)), "MXFP4");
+  EXPECT_EQ(TypeName(static_cast<TensorType>(41)), "Q1_0");
   EXPECT_EQ(TypeName(static_cast<TensorType>(4000000000u)), "unknown");
   EXPECT_EQ(RowBytes(TensorType::kQ4_K, 7168), 4032);
   EXPECT_EQ(RowBytes(TensorType::kQ6_K, 2048), 1680);

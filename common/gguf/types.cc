@@ -57,6 +57,8 @@ constexpr std::array kTypes = {
     Known("IQ4_NL_4_8 (removed)"),  // 37
     Known("IQ4_NL_8_8 (removed)"),  // 38
     Known("MXFP4"),                 // 39
+    Known("NVFP4"),                 // 40
+    Known("Q1_0"),                  // 41
 };
 
 constexpr std::array<std::string_view, 13> kValueTypes = {"uint8",  "int8",    "uint16", "int16",  "uint32",

@@ -19,7 +19,8 @@ inline float Bf16ToFloat(uint16_t h) {
 }
 uint16_t FloatToBf16(float f);  // round to nearest even, NaN stays NaN
 
-// `n` values (a multiple of the type's block size) from blocks at `src` into `dst`.
+// `n` values (a multiple of the type's block size) from blocks at `src`, of any alignment, into `dst`.
+// Layouts and the order of rounding: blocks.h.
 void Dequantize(gguf::TensorType type, const void* src, float* dst, int64_t n);
 
 // `n` values into blocks at `dst` (RowBytes(type, n) bytes). Round-to-nearest with per-block scales; not
