@@ -1,0 +1,95 @@
+// The gateway's side of the Engine service: one attention engine (watched, its model known) and the pool of
+// those that a gateway holds.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/rpc/server.h"
+#include "services/gateway/session/model_context.h"
+
+namespace tandem::v1 {
+class GenerateEvent;
+class GenerateRequest;
+}  // namespace tandem::v1
+
+namespace tandem::gateway {
+
+// Calls come one at a time, from gRPC's threads. `tag` is what Generate was given.
+class EngineListener {
+ public:
+  virtual ~EngineListener() = default;
+  virtual void OnEngineEvent(uint64_t tag, const v1::GenerateEvent& event) = 0;
+  virtual void OnEngineDone(uint64_t tag, const absl::Status& status) = 0;  // once, last
+};
+
+// A call under way. Thread-safe.
+class EngineCall {
+ public:
+  virtual ~EngineCall() = default;
+  virtual void Cancel() = 0;
+};
+
+struct EngineOptions {
+  rpc::TlsOptions tls;
+  std::string model_id;
+  absl::Duration poll_serving = absl::Seconds(1);         // between checks of an engine that serves
+  absl::Duration poll_missing = absl::Milliseconds(200);  // and of one that does not
+  absl::Duration check_timeout = absl::Seconds(3);        // of one check
+};
+
+// One engine. A thread of its own asks Engine.Describe again and again: it finds out when the engine serves,
+// takes over its metadata when the model is new, and notices its end. Thread-safe.
+class Engine {
+ public:
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const std::string& address,
+                                                        const EngineOptions& options);
+  ~Engine();  // no call may be under way
+
+  const std::string& address() const;
+  bool serving() const;
+  // OK, or why it does not serve: Unavailable; FailedPrecondition if its model cannot be used.
+  absl::Status status() const;
+  // The model it serves, or served last; null before the first contact.
+  std::shared_ptr<const ModelContext> model() const;
+  std::string backend() const;
+  int calls() const;  // under way
+
+  // Never null. The listener is kept until OnEngineDone.
+  std::shared_ptr<EngineCall> Generate(v1::GenerateRequest request, absl::Time deadline,
+                                       std::shared_ptr<EngineListener> listener, uint64_t tag);
+  // A call found it unavailable: it counts as not serving until the next check, which comes at once.
+  void Suspect(const absl::Status& status);
+
+ private:
+  struct Impl;
+  explicit Engine(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;
+};
+
+// The engines of a gateway, all of one model. Thread-safe.
+class EnginePool {
+ public:
+  static absl::StatusOr<std::unique_ptr<EnginePool>> Create(const std::vector<std::string>& addresses,
+                                                            const EngineOptions& options);
+
+  // The engine for a sequence: of those that serve the model of `fingerprint` (empty: any) the one with the
+  // fewest calls. Unavailable says of each engine why not; FailedPrecondition: engines serve, but another
+  // model.
+  absl::StatusOr<Engine*> Pick(const std::string& fingerprint) const;
+  // The model that is served, by an engine that serves or by one that did; null before the first contact.
+  std::shared_ptr<const ModelContext> model() const;
+  absl::Status status() const { return Pick("").status(); }
+  const std::vector<std::unique_ptr<Engine>>& engines() const { return engines_; }
+
+ private:
+  std::vector<std::unique_ptr<Engine>> engines_;
+};
+
+}  // namespace tandem::gateway

@@ -1,0 +1,161 @@
+#include "services/gateway/openai/generation_job.h"
+
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "services/gateway/session/request_log.h"
+
+namespace tandem::gateway {
+
+class GenerationJob::ChoiceListener final : public GenerationListener {
+ public:
+  ChoiceListener(std::shared_ptr<GenerationJob> job, int index) : job_(std::move(job)), index_(index) {}
+  bool OnDelta(Delta delta) override { return job_->OnDelta(index_, std::move(delta)); }
+  void OnDone(const GenerationResult& result) override { job_->OnDone(index_, result); }
+
+ private:
+  const std::shared_ptr<GenerationJob> job_;
+  const int index_;
+};
+
+GenerationJob::GenerationJob(JobSpec spec, GatewayMetrics* metrics, std::shared_ptr<const ModelContext> model,
+                             Responder responder, Admission::Ticket ticket)
+    : spec_(std::move(spec)),
+      metrics_(metrics),
+      model_(std::move(model)),
+      responder_(std::move(responder)),
+      ticket_(std::move(ticket)),
+      choices_(spec_.sequences.size()),
+      sent_bytes_(spec_.sequences.size()),
+      results_(spec_.sequences.size()) {}
+
+void GenerationJob::Start(JobSpec spec, SessionEnvironment* environment, GatewayMetrics* metrics,
+                          std::shared_ptr<const ModelContext> model, Responder responder,
+                          Admission::Ticket ticket) {
+  auto job = std::make_shared<GenerationJob>(std::move(spec), metrics, model, std::move(responder),
+                                             std::move(ticket));
+  std::vector<GenerationSpec> sequences = std::move(job->spec_.sequences);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    auto listener = std::make_shared<ChoiceListener>(job, static_cast<int>(i));
+    std::shared_ptr<GenerationSession> session =
+        GenerationSession::Start(environment, model, std::move(sequences[i]), std::move(listener));
+    std::lock_guard lock(job->mutex_);
+    job->sessions_.push_back(std::move(session));
+  }
+  job->responder_.OnDisconnect([weak = std::weak_ptr<GenerationJob>(job)] {
+    if (const std::shared_ptr<GenerationJob> running = weak.lock()) running->CancelAll();
+  });
+}
+
+void GenerationJob::CancelAll() {
+  std::vector<std::shared_ptr<GenerationSession>> sessions;
+  {
+    std::lock_guard lock(mutex_);
+    failed_ = true;
+    sessions = sessions_;
+  }
+  for (const auto& session : sessions) session->Cancel();
+}
+
+bool GenerationJob::Write(const std::string& json) { return responder_.Write(SseEvent(json)); }
+
+// The status line waits for the first text: until then an error still gets its own status code.
+bool GenerationJob::BeginStream() {
+  if (streaming_) return true;
+  streaming_ = true;
+  responder_.StartStream(
+      200, "text/event-stream; charset=utf-8",
+      {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}, {"X-Request-Id", spec_.head.id}});
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    const int index = static_cast<int>(i);
+    if (spec_.head.chat && !Write(FormatRoleChunk(spec_.head, index, spec_.include_usage))) return false;
+    if (!spec_.echoes.empty()) {
+      Delta echo;
+      echo.content = spec_.echoes[i];
+      if (!Write(FormatDeltaChunk(spec_.head, index, echo, false, spec_.include_usage, 0,
+                                  model_->tokenizer()))) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool GenerationJob::OnDelta(int index, Delta delta) {
+  std::lock_guard lock(mutex_);
+  if (failed_) return false;
+  const size_t i = static_cast<size_t>(index);
+  if (!spec_.stream) {
+    Choice& choice = choices_[i];
+    choice.reasoning += delta.reasoning;
+    choice.content += delta.content;
+    for (TokenInfo& token : delta.tokens) choice.tokens.push_back(std::move(token));
+    return true;
+  }
+  if (!BeginStream()) return false;
+  const size_t offset = sent_bytes_[i];
+  sent_bytes_[i] += delta.content.size();
+  return Write(FormatDeltaChunk(spec_.head, index, delta, spec_.logprobs, spec_.include_usage, offset,
+                                model_->tokenizer()));
+}
+
+void GenerationJob::OnDone(int index, const GenerationResult& result) {
+  std::lock_guard lock(mutex_);
+  results_[static_cast<size_t>(index)] = result;
+  if (!result.status.ok()) {
+    if (!failed_) Fail(result.status);
+  } else if (!failed_) {
+    choices_[static_cast<size_t>(index)].finish = result.finish;
+    if (spec_.stream && BeginStream()) {
+      Write(FormatFinishChunk(spec_.head, index, result.finish, spec_.include_usage));
+    }
+  }
+  if (++done_ == results_.size()) Complete();
+}
+
+void GenerationJob::Fail(const absl::Status& status) {
+  failed_ = true;
+  const ApiError error = FromStatus(status);
+  if (streaming_) {
+    Write(error.ToJson());
+    responder_.Write(kSseDone);
+    responder_.Finish();
+    return;
+  }
+  HeaderList headers = {{"X-Request-Id", spec_.head.id}};
+  if (error.retry_after > 0) headers.emplace_back("Retry-After", std::to_string(error.retry_after));
+  responder_.Respond(error.status, "application/json", error.ToJson(), headers);
+}
+
+UsageCounts GenerationJob::Usage() const {
+  UsageCounts usage;
+  usage.prompt_tokens = spec_.prompt_tokens;
+  for (const GenerationResult& result : results_) {
+    usage.cached_tokens += result.cached_prompt_tokens;
+    usage.completion_tokens += result.completion_tokens;
+    usage.reasoning_tokens += result.reasoning_tokens;
+  }
+  usage.cached_tokens = std::min(usage.cached_tokens, usage.prompt_tokens);
+  return usage;
+}
+
+void GenerationJob::Complete() {
+  if (!failed_) {
+    if (spec_.stream) {
+      if (spec_.include_usage) Write(FormatUsageChunk(spec_.head, Usage()));
+      responder_.Write(kSseDone);
+      responder_.Finish();
+    } else {
+      for (size_t i = 0; i < spec_.echoes.size(); ++i) choices_[i].content.insert(0, spec_.echoes[i]);
+      responder_.Respond(200, "application/json",
+                         FormatAnswer(spec_.head, choices_, Usage(), spec_.logprobs, model_->tokenizer()),
+                         {{"X-Request-Id", spec_.head.id}});
+    }
+  }
+  RecordRequest(spec_.head.id, results_, spec_.tokenize_seconds,
+                absl::ToDoubleSeconds(absl::Now() - spec_.arrived), *metrics_);
+  ticket_.reset();
+  sessions_.clear();
+}
+
+}  // namespace tandem::gateway
