@@ -31,7 +31,7 @@ class Tokenizer;
 
 struct ApplyOptions {
   bool add_generation_prompt = true;
-  const nlohmann::ordered_json* tools = nullptr;  // OpenAI's tools array; null = the template sees no `tools`
+  const nlohmann::ordered_json* tools = nullptr;  // OpenAI's tools array; null = `tools` is none
   const nlohmann::ordered_json* extra = nullptr;  // an object: more variables (enable_thinking, ...)
 };
 

@@ -48,9 +48,10 @@ const Tokenizer* Demo() {
   return tokenizer;
 }
 
-#define SKIP_WITHOUT_DEEPSEEK()                                                                \
-  if (DeepSeek() == nullptr) GTEST_SKIP() << "../shared/tokenizer/tokenizer.json is not here " \
-                                             "(TANDEM_SHARED)"
+#define SKIP_WITHOUT_DEEPSEEK()                                     \
+  if (DeepSeek() == nullptr)                                        \
+  GTEST_SKIP() << "../shared/tokenizer/tokenizer.json is not here " \
+                  "(TANDEM_SHARED)"
 
 TEST(DeepSeekTokenizer, GoldenTextsBothWays) {
   SKIP_WITHOUT_DEEPSEEK();

@@ -49,6 +49,9 @@ enum class NodeKind : uint8_t {
   kContinue,
 };
 
+// Bits in the value of a kMacro: which special names its body speaks of.
+enum MacroUse : int64_t { kUsesVarargs = 1, kUsesKwargs = 2, kUsesCaller = 4 };
+
 struct Node {
   NodeKind kind;
   int line;

@@ -33,8 +33,8 @@ class Parser {
   const Token& Peek(size_t ahead = 0) const {
     return status_.ok() && pos_ + ahead < tokens_.size() ? tokens_[pos_ + ahead] : tokens_.back();
   }
-  Token Next() {
-    Token token = Peek();
+  const Token& Next() {
+    const Token& token = Peek();
     if (token.kind != TokenKind::kEnd) ++pos_;
     return token;
   }
@@ -195,10 +195,12 @@ class Parser {
       Adopt(node.get(), Tuple(false, {}));
       ExpectBlockEnd();
       Adopt(node.get(), Statements({"elif", "else", "endif"}));
-      const std::string end = Next().text;
+      const bool is_elif = Peek().IsName("elif");
+      const bool is_else = Peek().IsName("else");
+      ++pos_;
       if (!status_.ok()) return node;
-      if (end == "elif") continue;
-      if (end == "else") {
+      if (is_elif) continue;
+      if (is_else) {
         ExpectBlockEnd();
         Adopt(node.get(), Statements({"endif"}));
         ++pos_;
@@ -222,8 +224,9 @@ class Parser {
     ++loops_;
     Adopt(node.get(), Statements({"else", "endfor"}));
     --loops_;
-    const std::string end = Next().text;
-    if (status_.ok() && end == "else") {
+    const bool is_else = Peek().IsName("else");
+    ++pos_;
+    if (is_else) {
       ExpectBlockEnd();
       Adopt(node.get(), Statements({"endfor"}));
       ++pos_;
@@ -280,8 +283,11 @@ class Parser {
   void Body(Node* macro, std::string_view end) {
     ExpectBlockEnd();
     const int loops = std::exchange(loops_, 0);
+    const int64_t use = std::exchange(macro_use_, 0);
     NodePtr body = Statements({end});
+    macro->value = Value::Int(macro_use_);
     loops_ = loops;
+    macro_use_ = use;
     CloseBlock();
     if (body != nullptr) Deepen(macro, *body);
     macro->kids[0] = std::move(body);
@@ -503,6 +509,9 @@ class Parser {
         if (name == "true" || name == "True") return Constant(Value::Bool(true));
         if (name == "false" || name == "False") return Constant(Value::Bool(false));
         if (name == "none" || name == "None") return Constant(Value::None());
+        if (name == "varargs") macro_use_ |= kUsesVarargs;
+        if (name == "kwargs") macro_use_ |= kUsesKwargs;
+        if (name == "caller") macro_use_ |= kUsesCaller;
         NodePtr node = Make(NodeKind::kName);
         node->text = name;
         return node;
@@ -690,6 +699,7 @@ class Parser {
   absl::Status status_;
   int level_ = 0;
   int loops_ = 0;
+  int64_t macro_use_ = 0;  // of the macro that is being parsed
 };
 
 }  // namespace

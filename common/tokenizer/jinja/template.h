@@ -19,7 +19,10 @@ namespace tandem::jinja {
 struct RenderLimits {
   uint64_t max_output_bytes = uint64_t{256} << 20;  // of the text and of every string made on the way
   uint64_t max_steps = 50'000'000;                  // expressions and statements evaluated, items copied
-  std::time_t now = 0;                              // for strftime_now; 0 = the clock
+  // What Python hands out as generators (map, select, ...) behaves as lists, so that `tools | map(..) |
+  // tojson` works.
+  bool generators_are_lists = false;
+  std::time_t now = 0;  // for strftime_now; 0 = the clock
 };
 
 struct Node;
