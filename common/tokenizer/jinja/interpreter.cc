@@ -280,7 +280,6 @@ Interpreter::Flow Interpreter::For(const Node& node, std::string* out) {
   }
   auto loop = std::make_shared<LoopObject>();
   loop->items = std::move(items);
-  loop->level = loop_level_++;
   const Value loop_value = Value::Of(Type::kLoop, loop);
   for (size_t i = 0; i < loop->items.size(); ++i) {
     loop->index = i;
@@ -291,7 +290,6 @@ Interpreter::Flow Interpreter::For(const Node& node, std::string* out) {
     const Flow flow = Execute(*node.kids[3], out);
     if (failed() || flow == Flow::kBreak) break;
   }
-  --loop_level_;
   return Flow::kNormal;
 }
 
@@ -511,9 +509,7 @@ Value Interpreter::CallMacro(const CallableObject& macro, const Arguments& argum
   }
   scope->Set("varargs", MakeList(std::move(rest), Flavor::kTuple));
   scope->Set("kwargs", MakeDict(std::move(extra)));
-  const int level = std::exchange(loop_level_, 0);
   std::string text = Capture(*node.kids[0]);
-  loop_level_ = level;
   return failed() ? Value() : MakeString(std::move(text));
 }
 

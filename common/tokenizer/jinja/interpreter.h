@@ -37,7 +37,6 @@ struct CallableObject : Object {
 struct LoopObject : Object {
   std::vector<Value> items;
   size_t index = 0;
-  int level = 0;       // loops around this one
   Value last_changed;  // arguments of loop.changed
   bool has_changed = false;
 };
@@ -130,7 +129,6 @@ class Interpreter {
   uint64_t steps_ = 0;
   int depth_ = 0;
   int line_ = 1;
-  int loop_level_ = 0;
   std::shared_ptr<Scope> scope_;
   std::vector<std::shared_ptr<Scope>> captured_;
   std::vector<std::shared_ptr<NamespaceObject>> namespaces_;

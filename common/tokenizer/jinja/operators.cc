@@ -58,8 +58,8 @@ Value Interpreter::LoopAttribute(const Value& loop_value, const std::string& nam
   if (name == "first") return Value::Bool(i == 0);
   if (name == "last") return Value::Bool(i + 1 == n);
   if (name == "length") return Value::Int(n);
-  if (name == "depth") return Value::Int(loop.level + 1);
-  if (name == "depth0") return Value::Int(loop.level);
+  if (name == "depth") return Value::Int(1);  // levels of recursive loops
+  if (name == "depth0") return Value::Int(0);
   if (name == "previtem") return i > 0 ? loop.items[i - 1] : Value::Undefined("there is no previous item");
   if (name == "nextitem") return i + 1 < n ? loop.items[i + 1] : Value::Undefined("there is no next item");
   if (name == "cycle" || name == "changed") {

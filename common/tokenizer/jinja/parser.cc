@@ -334,7 +334,8 @@ class Parser {
       NodePtr name = Make(NodeKind::kName);
       name->text = Next().text;
       ++pos_;
-      NodePtr attribute = With(NodeKind::kAttr, name->line, std::move(name));
+      const int line = name->line;
+      NodePtr attribute = With(NodeKind::kAttr, line, std::move(name));
       attribute->text = ExpectName();
       return attribute;
     }
