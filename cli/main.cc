@@ -1,0 +1,31 @@
+// The `tandem` command.
+#include <cstdlib>
+#include <iostream>
+
+#include "cli/chat/options.h"
+#include "cli/doctor/doctor.h"
+#include "cli/flags/command_line.h"
+#include "cli/inspect/inspect.h"
+#include "cli/serve/serve.h"
+
+int main(int argc, char** argv) {
+  using namespace tandem::cli;
+  CommandLine line("Tandem serves DeepSeek-R1/V3 from one GPU and the memory of a server", TANDEM_VERSION);
+  ServeOptions serve;
+  ChatOptions chat;
+  InspectOptions inspect;
+  DoctorOptions doctor;
+  AddServeFlags(line.Add("serve", "Start the server: all processes of this machine"), &serve);
+  AddChatFlags(line.Add("chat", "Talk to a running server, or start one"), &chat);
+  AddInspectFlags(line.Add("inspect", "Show a model file: metadata, tensors, memory plan"), &inspect);
+  AddDoctorFlags(line.Add("doctor", "Check this machine: what is fine, what to change"), &doctor);
+  const std::optional<int> code = line.Parse({argv + 1, argv + argc}, &std::getenv, std::cout, std::cerr);
+  if (code) return *code;
+  for (const std::string& flag : line.ignored()) {
+    std::cerr << "tandem: " << flag << " has no meaning here and is ignored\n";
+  }
+  if (line.command() == "serve") return RunServe(serve);
+  if (line.command() == "chat") return RunChat(chat);
+  if (line.command() == "inspect") return RunInspect(inspect, std::cout, std::cerr);
+  return RunDoctor(doctor, std::cout);
+}

@@ -1,0 +1,133 @@
+#include "cli/serve/launch_plan.h"
+
+#include <algorithm>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "cli/serve/ports.h"
+#include "common/base/listen.h"
+#include "common/base/status_macros.h"
+#include "common/topology/cpu_list.h"
+
+namespace tandem::cli {
+namespace {
+
+constexpr char kLocal[] = "127.0.0.1";
+
+// Metrics are for the host alone unless the whole server is meant for the network.
+std::string MetricsAddress(const ServeOptions& options, int port) {
+  return HostPort{options.host, port}.ToString();
+}
+
+}  // namespace
+
+absl::StatusOr<Ports> ChoosePorts(const ServeOptions& options, int expert_processes) {
+  Ports ports;
+  std::vector<int> taken = {static_cast<int>(options.port), static_cast<int>(options.grpc_port)};
+  const auto choose = [&](int64_t wanted) -> absl::StatusOr<int> {
+    if (wanted > 0) return static_cast<int>(wanted);
+    TANDEM_ASSIGN_OR_RETURN(const int port, FreePort(options.host, taken));
+    taken.push_back(port);
+    return port;
+  };
+  TANDEM_ASSIGN_OR_RETURN(ports.http, choose(options.port));
+  TANDEM_ASSIGN_OR_RETURN(ports.grpc, choose(options.grpc_port));
+  int64_t base = options.metrics_base_port;
+  if (base < 0) base = options.port == 0 ? 0 : options.port + 9;
+  constexpr int64_t kHighest = 65535;
+  if (base + 10 + 2 * expert_processes > kHighest) base = 0;
+  TANDEM_ASSIGN_OR_RETURN(ports.attention_metrics, choose(base));
+  for (int i = 0; i < expert_processes; ++i) {
+    TANDEM_ASSIGN_OR_RETURN(const int port, choose(base == 0 ? 0 : base + 10 + 2 * i));
+    ports.expert_metrics.push_back(port);
+  }
+  std::vector<int> all = ports.expert_metrics;
+  all.insert(all.end(), {ports.http, ports.grpc, ports.attention_metrics});
+  std::sort(all.begin(), all.end());
+  const auto twice = std::adjacent_find(all.begin(), all.end());
+  if (twice != all.end()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "port ", *twice, " is asked for twice; --port, --grpc-port and --metrics-base-port must differ"));
+  }
+  return ports;
+}
+
+absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, const std::string& model,
+                                                   const model::ModelConfig& config,
+                                                   const topology::Topology& topology, const Ports& ports,
+                                                   const std::string& runtime, const std::string& programs) {
+  const int expert_processes = static_cast<int>(ports.expert_metrics.size());
+  TANDEM_ASSIGN_OR_RETURN(const std::vector<topology::ThreadPlan> threads,
+                          topology.PlanThreads(static_cast<int>(options.cpu_infer), expert_processes));
+  const std::vector<ExpertShard> shards = ShareExperts(config, expert_processes);
+  const auto socket = [&](const std::string& name) {
+    return absl::StrCat("unix:", runtime, "/", name, ".sock");
+  };
+  std::vector<Process> out;
+
+  std::set<int> cpus;
+  int total_threads = 0;
+  for (int i = 0; i < expert_processes; ++i) {
+    Process expert;
+    expert.name = absl::StrCat("expert", i);
+    expert.health = socket(expert.name);
+    expert.stop_order = 2;
+    expert.argv = {programs + "/tandem-expert",
+                   "--model=" + model,
+                   "--listen=" + expert.health,
+                   "--metrics-listen=" + MetricsAddress(options, ports.expert_metrics[i]),
+                   absl::StrCat("--threads=", threads[i].threads),
+                   "--cpus=" + topology::FormatCpuList(threads[i].cpus),
+                   "--precision=" + options.precision};
+    if (topology.nodes().size() > 1) {
+      expert.argv.push_back(absl::StrCat("--numa-node=", i));
+      if (topology.nodes()[i].simulated) {
+        expert.argv.push_back(absl::StrCat("--numa-nodes=", topology.nodes().size()));
+      }
+    }
+    if (expert_processes > 1 && shards[i].sliced) {
+      expert.argv.push_back(absl::StrCat("--slice=", i, "/", expert_processes));
+    } else if (expert_processes > 1) {  // from the first to before the second number
+      expert.argv.push_back(
+          absl::StrCat("--experts=", shards[i].first_expert, "-", shards[i].last_expert + 1));
+    }
+    total_threads += threads[i].threads;
+    cpus.insert(threads[i].cpus.begin(), threads[i].cpus.end());
+    out.push_back(std::move(expert));
+  }
+
+  Process attention;
+  attention.name = "attention";
+  attention.health = socket(attention.name);
+  attention.stop_order = 1;
+  attention.argv = {programs + "/tandem-attention", "--model=" + model, "--listen=" + attention.health,
+                    "--metrics-listen=" + MetricsAddress(options, ports.attention_metrics),
+                    // The CPU backend computes while the experts wait, on the same cores.
+                    absl::StrCat("--threads=", std::min<int>(total_threads, static_cast<int>(cpus.size()))),
+                    "--cpus=" + topology::FormatCpuList({cpus.begin(), cpus.end()}),
+                    "--precision=" + options.precision, "--expert-groups=" + options.expert_groups};
+  for (int i = 0; i < expert_processes; ++i) attention.argv.push_back("--expert=" + out[i].health);
+  if (options.context > 0) attention.argv.push_back(absl::StrCat("--ctx=", options.context));
+  if (options.max_batch_size > 0) {
+    attention.argv.push_back(absl::StrCat("--max-batch-size=", options.max_batch_size));
+  }
+  if (options.chunk_size > 0) attention.argv.push_back(absl::StrCat("--chunk-size=", options.chunk_size));
+
+  Process gateway;
+  gateway.name = "gateway";
+  // A wildcard address is asked at the loopback of its family.
+  const std::string probe_host = options.host == "0.0.0.0" ? kLocal
+                                 : options.host == "::"    ? "::1"
+                                                           : options.host;
+  gateway.health = absl::StrCat("http://", HostPort{probe_host, ports.http}.ToString(), "/ready");
+  gateway.argv = {programs + "/tandem-gateway", "--engine=" + attention.health,
+                  "--listen=" + HostPort{options.host, ports.http}.ToString(),
+                  "--grpc-listen=" + HostPort{options.host, ports.grpc}.ToString()};
+  if (!options.model_name.empty()) gateway.argv.push_back("--model-id=" + options.model_name);
+
+  out.push_back(std::move(attention));
+  out.push_back(std::move(gateway));
+  return out;
+}
+
+}  // namespace tandem::cli

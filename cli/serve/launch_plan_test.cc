@@ -1,0 +1,158 @@
+#include "cli/serve/launch_plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "cli/serve/memory_plan.h"
+
+namespace tandem::cli {
+namespace {
+
+using ::testing::Contains;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
+
+model::ModelConfig Config(int64_t inner, int64_t experts) {
+  model::ModelConfig config;
+  config.moe_intermediate_size = inner;
+  config.n_routed_experts = experts;
+  return config;
+}
+
+topology::Topology TwoSockets(int simulated = 0) {
+  return *topology::Topology::Detect(
+      {.simulated_nodes = simulated, .synthetic = "pack:2 [numa] core:4 pu:2"});
+}
+
+TEST(ShareExperts, SlicesWhereTheBlocksAllowIt) {
+  for (const int n : {2, 4, 8}) {
+    const auto shards = ShareExperts(Config(2048, 256), n);
+    ASSERT_EQ(static_cast<int>(shards.size()), n);
+    for (const ExpertShard& shard : shards) {
+      EXPECT_TRUE(shard.sliced);
+      EXPECT_EQ(shard.first_expert, 0);
+      EXPECT_EQ(shard.last_expert, 255);
+    }
+  }
+  EXPECT_FALSE(ShareExperts(Config(2048, 256), 1)[0].sliced);
+}
+
+TEST(ShareExperts, RangesCoverAllExpertsOnce) {
+  for (const int n : {1, 2, 3, 5, 16}) {
+    const auto shards = ShareExperts(Config(1408, 64), n);  // V2-Lite: 1408 has no slices of 256 rows
+    int64_t next = 0;
+    for (const ExpertShard& shard : shards) {
+      EXPECT_FALSE(shard.sliced);
+      EXPECT_EQ(shard.first_expert, next);
+      EXPECT_GE(shard.last_expert, shard.first_expert);
+      next = shard.last_expert + 1;
+    }
+    EXPECT_EQ(next, 64);
+  }
+}
+
+TEST(ChoosePorts, TheDocumentedDefaults) {
+  const Ports ports = ChoosePorts({}, 2).value();
+  EXPECT_EQ(ports.http, 10002);
+  EXPECT_EQ(ports.grpc, 10003);
+  EXPECT_EQ(ports.attention_metrics, 10011);
+  EXPECT_THAT(ports.expert_metrics, ::testing::ElementsAre(10021, 10023));
+}
+
+TEST(ChoosePorts, FollowTheHttpPort) {
+  ServeOptions options;
+  options.port = 20002;
+  const Ports ports = ChoosePorts(options, 1).value();
+  EXPECT_EQ(ports.attention_metrics, 20011);
+  EXPECT_THAT(ports.expert_metrics, ::testing::ElementsAre(20021));
+  options.metrics_base_port = 30000;
+  EXPECT_EQ(ChoosePorts(options, 1)->attention_metrics, 30000);
+}
+
+TEST(ChoosePorts, ZeroTakesFreeOnes) {
+  ServeOptions options;
+  options.port = options.grpc_port = 0;
+  const Ports ports = ChoosePorts(options, 3).value();
+  std::set<int> all(ports.expert_metrics.begin(), ports.expert_metrics.end());
+  all.insert({ports.http, ports.grpc, ports.attention_metrics});
+  EXPECT_EQ(all.size(), 6u);
+  EXPECT_GT(*all.begin(), 0);
+}
+
+TEST(ChoosePorts, RefusesTheSamePortTwice) {
+  ServeOptions options;
+  options.grpc_port = 10002;
+  const auto ports = ChoosePorts(options, 1);
+  EXPECT_EQ(ports.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(ports.status().message()), HasSubstr("10002"));
+}
+
+TEST(PlanProcesses, OneExpertProcessASocket) {
+  ServeOptions options;
+  options.cpu_infer = 6;
+  options.context = 4096;
+  const auto plan = PlanProcesses(options, "/m.gguf", Config(2048, 256), TwoSockets(),
+                                  ChoosePorts(options, 2).value(), "/run/t", "/opt/bin");
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  ASSERT_EQ(plan->size(), 4u);
+  const Process& first = (*plan)[0];
+  EXPECT_EQ(first.name, "expert0");
+  EXPECT_EQ(first.argv[0], "/opt/bin/tandem-expert");
+  EXPECT_THAT(first.argv, Contains("--model=/m.gguf"));
+  EXPECT_THAT(first.argv, Contains("--listen=unix:/run/t/expert0.sock"));
+  EXPECT_THAT(first.argv, Contains("--slice=0/2"));
+  EXPECT_THAT(first.argv, Contains("--threads=3"));
+  EXPECT_THAT(first.argv, Contains("--cpus=0,2,4"));
+  EXPECT_THAT(first.argv, Contains("--numa-node=0"));
+  EXPECT_THAT(first.argv, Not(Contains(StartsWith("--numa-nodes"))));
+  EXPECT_THAT((*plan)[1].argv, Contains("--slice=1/2"));
+  EXPECT_THAT((*plan)[1].argv, Contains("--cpus=8,10,12"));
+  const Process& attention = (*plan)[2];
+  EXPECT_THAT(attention.argv, Contains("--expert=unix:/run/t/expert0.sock"));
+  EXPECT_THAT(attention.argv, Contains("--expert=unix:/run/t/expert1.sock"));
+  EXPECT_THAT(attention.argv, Contains("--ctx=4096"));
+  EXPECT_THAT(attention.argv, Contains("--threads=6"));
+  EXPECT_THAT(attention.argv, Contains("--cpus=0,2,4,8,10,12"));
+  const Process& gateway = (*plan)[3];
+  EXPECT_THAT(gateway.argv, Contains("--engine=unix:/run/t/attention.sock"));
+  EXPECT_THAT(gateway.argv, Contains("--listen=127.0.0.1:10002"));
+  EXPECT_LT(gateway.stop_order, attention.stop_order);
+  EXPECT_LT(attention.stop_order, first.stop_order);
+}
+
+TEST(PlanProcesses, ExpertRangesEndBeforeTheirSecondNumber) {
+  const ServeOptions options;
+  const auto plan = PlanProcesses(options, "m", Config(256, 16), TwoSockets(2),
+                                  ChoosePorts(options, 2).value(), "/r", "/b");
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT((*plan)[0].argv, Contains("--experts=0-8"));
+  EXPECT_THAT((*plan)[1].argv, Contains("--experts=8-16"));
+}
+
+TEST(PlanProcesses, OneProcessHoldsEverything) {
+  const ServeOptions options;
+  const auto plan = PlanProcesses(options, "m", Config(2048, 256), TwoSockets(1),
+                                  ChoosePorts(options, 1).value(), "/r", "/b");
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  ASSERT_EQ(plan->size(), 3u);
+  for (const std::string& word : (*plan)[0].argv) {
+    EXPECT_THAT(word, Not(StartsWith("--slice")));
+    EXPECT_THAT(word, Not(StartsWith("--experts")));
+  }
+}
+
+TEST(PlanProcesses, AWildcardHostIsAskedAtTheLoopback) {
+  ServeOptions options;
+  options.host = "0.0.0.0";
+  const auto plan = PlanProcesses(options, "m", Config(2048, 256), TwoSockets(1),
+                                  ChoosePorts(options, 1).value(), "/r", "/b");
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->back().health, "http://127.0.0.1:10002/ready");
+  EXPECT_THAT(plan->back().argv, Contains("--listen=0.0.0.0:10002"));
+}
+
+}  // namespace
+}  // namespace tandem::cli

@@ -1,0 +1,42 @@
+#include "cli/serve/options.h"
+
+namespace tandem::cli {
+
+void AddServeFlags(Command& command, ServeOptions* o) {
+  constexpr int64_t kMaxPort = 65535;
+  command
+      .Text("model", &o->model,
+            "GGUF file, first file of a split one, or folder; none: the bundled demo model", {"gguf-path"})
+      .Text("model-path", &o->model_path, "The same, taken where --model is not given")
+      .Text("host", &o->host, "Address to listen at; 0.0.0.0 for the network (default 127.0.0.1)")
+      .Integer("port", &o->port, 0, kMaxPort, "HTTP port, 0 for a free one (default 10002)")
+      .Integer("grpc-port", &o->grpc_port, 0, kMaxPort, "gRPC port, 0 for a free one (default 10003)")
+      .Integer("metrics-base-port", &o->metrics_base_port, 0, kMaxPort - 1000,
+               "Metrics of attention at this port, of expert n at 10 + 2n above; 0 for free ones "
+               "(default: HTTP port + 9)")
+      .Integer("cpu-infer", &o->cpu_infer, 0, 8192,
+               "Threads of all expert processes (default: one a physical core)")
+      .Text("gpu", &o->gpu, "auto, none or a device number (default auto)")
+      .Text("numa", &o->numa, "auto, or a number of NUMA nodes to make of this machine (default auto)")
+      .Integer("expert-processes", &o->expert_processes, 0, 64, "Expert processes (default: one a NUMA node)",
+               {"experts-processes"})
+      .Integer("ctx", &o->context, 0, 1 << 24,
+               "Longest sequence in tokens (default: what the model and memory allow)",
+               {"cache-lens", "ctx-size"})
+      .Integer("max-batch-size", &o->max_batch_size, 0, 4096, "Sequences decoded together")
+      .Integer("chunk-size", &o->chunk_size, 0, 1 << 20, "Prompt tokens taken in one step")
+      .Text("expert-groups", &o->expert_groups,
+            "Group-limited routing: auto, off, or N/M for N groups of which M are kept (default auto)")
+      .Choice("precision", &o->precision, {"fast", "reference"}, "Arithmetic of the CPU backend")
+      .Text("model-name", &o->model_name, "Name of the model in the API (default: the file's)")
+      .Text("api-key", &o->api_key, "Ask clients for this key (better given as TANDEM_API_KEY)")
+      .Switch("memory-check", &o->memory_check,
+              "Refuse a model that does not fit into memory (default true)");
+  for (const char* foreign :
+       {"optimize-config-path", "optimize-rule-path", "max-new-tokens", "force-think", "backend-type",
+        "page-size", "architectures", "type", "concurrent-chat", "log-level", "web"}) {
+    command.Ignored(foreign);
+  }
+}
+
+}  // namespace tandem::cli

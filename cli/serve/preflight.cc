@@ -1,0 +1,124 @@
+#include "cli/serve/preflight.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "cli/serve/ports.h"
+#include "cli/util/format.h"
+#include "cli/util/paths.h"
+#include "common/base/status_macros.h"
+#include "common/model/tensors.h"
+
+namespace tandem::cli {
+namespace {
+
+// The engine's defaults (tandem-attention --help).
+constexpr int64_t kDefaultContext = 8192;
+constexpr int64_t kDefaultBatch = 16;
+constexpr uint64_t kDefaultKvBytes = uint64_t{2} << 30;
+constexpr uint64_t kBytesPerProcess = 100'000'000;  // code, buffers, thread stacks
+// sockaddr_un holds 108 bytes; the longest name below the folder is "/attention.sock".
+constexpr size_t kLongestRuntimeFolder = 80;
+
+}  // namespace
+
+absl::StatusOr<std::string> ResolveModelPath(const ServeOptions& options) {
+  std::error_code error;
+  if (!options.model.empty()) return options.model;
+  if (!options.model_path.empty()) {
+    if (std::filesystem::exists(options.model_path, error)) return options.model_path;
+    return absl::NotFoundError(
+        absl::StrCat(options.model_path,
+                     " does not exist here: --model (or --gguf_path) must name a GGUF file or folder"));
+  }
+  return FindDemoModel();
+}
+
+absl::StatusOr<OpenedModel> OpenModel(const std::string& path, const std::string& expert_groups) {
+  OpenedModel model;
+  model.path = path;
+  TANDEM_ASSIGN_OR_RETURN(model.file, gguf::File::Open(path, {.map_data = false}));
+  TANDEM_ASSIGN_OR_RETURN(model.config, model::ReadModelConfig(*model.file, expert_groups));
+  TANDEM_RETURN_IF_ERROR(model::BindTensors(*model.file, model.config).status());
+  for (int64_t layer = 0; layer < model.config.num_hidden_layers; ++layer) {
+    if (model.config.n_routed_experts == 0 || !model.config.IsMoe(layer)) continue;
+    TANDEM_RETURN_IF_ERROR(model::BindExperts(*model.file, model.config, layer).status());
+  }
+  return model;
+}
+
+uint64_t ServingBytes(const ServeOptions& options, const MemoryPlan& plan, const model::ModelConfig& config,
+                      int processes) {
+  const int64_t context =
+      options.context > 0 ? options.context : std::min(config.max_position_embeddings, kDefaultContext);
+  const int64_t batch = options.max_batch_size > 0 ? options.max_batch_size : kDefaultBatch;
+  // The CPU backend keeps the cache in float32, twice the bytes of the GPU's bf16.
+  const uint64_t token_bytes = std::max<uint64_t>(1, 2 * plan.kv_bytes_per_token);
+  const uint64_t tokens = std::max<uint64_t>(
+      static_cast<uint64_t>(context), std::min<uint64_t>(context * batch, kDefaultKvBytes / token_bytes));
+  return plan.expert_bytes + plan.dense_bytes + tokens * token_bytes + plan.workspace_bytes +
+         static_cast<uint64_t>(processes) * kBytesPerProcess;
+}
+
+absl::Status CheckMemory(uint64_t needed, const MemoryPlan& plan, const topology::MemoryInfo& memory) {
+  const uint64_t usable = memory.UsableBytes();
+  if (memory.total_bytes == 0 || needed <= usable) return absl::OkStatus();
+  std::string limit;
+  if (memory.cgroup_limit_bytes) {
+    limit = absl::StrCat(", and this cgroup may use ", FormatBytes(*memory.cgroup_limit_bytes));
+  }
+  return absl::ResourceExhaustedError(
+      absl::StrCat("not enough memory: the model needs ", FormatBytes(needed), " (routed experts ",
+                   FormatBytes(plan.expert_bytes), ", other weights ", FormatBytes(plan.dense_bytes),
+                   ", the rest for cache and buffers), available are ", FormatBytes(usable), " of ",
+                   FormatBytes(memory.total_bytes), limit,
+                   ". Take a smaller model or quantization, end other programs, or say --memory-check=false "
+                   "to try all the same"));
+}
+
+absl::Status CheckPorts(const ServeOptions& options, const Ports& ports) {
+  TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.http, "--port"));
+  TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.grpc, "--grpc-port"));
+  TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.attention_metrics, "--metrics-base-port"));
+  for (const int port : ports.expert_metrics) {
+    TANDEM_RETURN_IF_ERROR(CheckPort(options.host, port, "--metrics-base-port"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPrograms(const std::vector<Process>& processes) {
+  std::vector<std::string> missing;
+  for (const Process& process : processes) {
+    const std::string& program = process.argv.front();
+    if (access(program.c_str(), X_OK) == 0) continue;
+    if (std::find(missing.begin(), missing.end(), program) == missing.end()) missing.push_back(program);
+  }
+  if (missing.empty()) return absl::OkStatus();
+  return absl::NotFoundError(absl::StrCat("the installation is not complete: ", absl::StrJoin(missing, ", "),
+                                          missing.size() == 1 ? " is" : " are",
+                                          " not there or cannot be run"));
+}
+
+absl::StatusOr<std::string> MakeRuntimeFolder() {
+  std::vector<std::string> places;
+  const char* xdg = std::getenv("XDG_RUNTIME_DIR");
+  if (xdg != nullptr && *xdg == '/') places.emplace_back(xdg);
+  places.emplace_back("/tmp");
+  std::string why;
+  for (const std::string& place : places) {
+    std::string folder = place + "/tandem-XXXXXX";
+    if (folder.size() > kLongestRuntimeFolder) continue;
+    if (mkdtemp(folder.data()) != nullptr) return folder;
+    absl::StrAppend(&why, why.empty() ? "" : "; ", place, ": ", std::strerror(errno));
+  }
+  return absl::PermissionDeniedError(absl::StrCat("no folder for the sockets can be made: ", why));
+}
+
+}  // namespace tandem::cli
