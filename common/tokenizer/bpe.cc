@@ -73,26 +73,34 @@ void BpeMerger::MergeLong(std::span<const int32_t> symbols, std::vector<int32_t>
   ids_.assign(symbols.begin(), symbols.end());
   previous_.resize(n);
   next_.resize(n);
+  first_.clear();
   heap_.clear();
   for (uint32_t i = 0; i < n; ++i) {
     previous_[i] = i == 0 ? kNone : i - 1;
     next_[i] = i + 1 == n ? kNone : i + 1;
     if (i + 1 < n) {
       const MergeTable::Entry* entry = merges_->Find(ids_[i], ids_[i + 1]);
-      if (entry != nullptr) heap_.push_back(static_cast<uint64_t>(entry->rank) << 32 | i);
+      if (entry != nullptr) first_.push_back(static_cast<uint64_t>(entry->rank) << 32 | i);
     }
   }
-  std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
+  // The pairs of the beginning are sorted once, those that merges make go to a heap.
+  if (!std::is_sorted(first_.begin(), first_.end())) std::sort(first_.begin(), first_.end());
+  size_t first = 0;
   const auto push = [&](uint32_t i) {
     const MergeTable::Entry* entry = merges_->Find(ids_[i], ids_[next_[i]]);
     if (entry == nullptr) return;
     heap_.push_back(static_cast<uint64_t>(entry->rank) << 32 | i);
     std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
   };
-  while (!heap_.empty()) {
-    const uint64_t top = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
-    heap_.pop_back();
+  while (first < first_.size() || !heap_.empty()) {
+    uint64_t top;
+    if (heap_.empty() || (first < first_.size() && first_[first] < heap_.front())) {
+      top = first_[first++];
+    } else {
+      top = heap_.front();
+      std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
+      heap_.pop_back();
+    }
     const auto i = static_cast<uint32_t>(top);
     // An entry is out of date if its left symbol was swallowed or the pair there has changed.
     if (ids_[i] < 0 || next_[i] == kNone) continue;

@@ -62,7 +62,9 @@ class BpeMerger {
   std::vector<int32_t> ids_;
   std::vector<uint32_t> previous_;
   std::vector<uint32_t> next_;
-  std::vector<uint64_t> heap_;  // rank << 32 | position of the left symbol
+  // Pairs that may be merged, rank << 32 | position of the left symbol.
+  std::vector<uint64_t> first_;
+  std::vector<uint64_t> heap_;
 };
 
 }  // namespace tandem::tokenizer
