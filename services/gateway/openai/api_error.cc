@@ -12,6 +12,9 @@ constexpr int kUnavailableRetrySeconds = 2;
 
 void Classify(ApiError& error) {
   switch (error.status) {
+    case 400:
+      error.code = "bad_request";
+      break;
     case 401:
       error.code = "invalid_api_key";
       break;
@@ -27,6 +30,9 @@ void Classify(ApiError& error) {
     case 413:
       error.code = "request_too_large";
       break;
+    case 417:
+      error.code = "expectation_failed";
+      break;
     case 429:
       error.type = "rate_limit_error";
       error.code = "rate_limit_exceeded";
@@ -34,6 +40,12 @@ void Classify(ApiError& error) {
       break;
     case 431:
       error.code = "headers_too_large";
+      break;
+    case 501:
+      error.code = "not_implemented";
+      break;
+    case 505:
+      error.code = "http_version_not_supported";
       break;
     case 499:
       error.type = "server_error";

@@ -42,7 +42,7 @@ void ReasoningSplitter::Step(SplitText& out, bool at_end) {
     } else if (!at_end && kOpen.starts_with(rest)) {
       return;  // nothing yet, white space, or the beginning of the tag
     } else {
-      state_ = State::kAnswer;
+      state_ = starts_in_reasoning_ ? State::kReasoning : State::kAnswer;
     }
   }
   if (state_ == State::kReasoning) {
