@@ -289,12 +289,15 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const gguf::File& file, std::string_
   return c;
 }
 
-std::vector<double> RopeFrequencies(const ModelConfig& c) {
+std::vector<float> RopeFrequencies(const ModelConfig& c) {
   const int64_t dim = c.qk_rope_head_dim;
   const int64_t pairs = dim / 2;
   const RopeScaling& r = c.rope_scaling;
-  std::vector<double> freq(pairs);
-  for (int64_t i = 0; i < pairs; ++i) freq[i] = std::pow(c.rope_theta, -2.0 * static_cast<double>(i) / dim);
+  const float theta = static_cast<float>(c.rope_theta);
+  std::vector<float> freq(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    freq[i] = 1.0f / std::pow(theta, static_cast<float>(2 * i) / static_cast<float>(dim));
+  }
   if (r.factor == 1.0) return freq;
 
   // The pair that turns `rotations` times over the original context.
@@ -306,8 +309,8 @@ std::vector<double> RopeFrequencies(const ModelConfig& c) {
   const double high = std::min(std::ceil(pair_of(r.beta_slow)), static_cast<double>(dim - 1));
   const double width = std::max(high - low, 0.001);
   for (int64_t i = 0; i < pairs; ++i) {
-    const double ramp = std::clamp((static_cast<double>(i) - low) / width, 0.0, 1.0);
-    freq[i] = freq[i] / r.factor * ramp + freq[i] * (1 - ramp);
+    const float ramp = static_cast<float>(std::clamp((static_cast<double>(i) - low) / width, 0.0, 1.0));
+    freq[i] = freq[i] / static_cast<float>(r.factor) * ramp + freq[i] * (1.0f - ramp);
   }
   return freq;
 }

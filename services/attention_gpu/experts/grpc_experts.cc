@@ -208,7 +208,10 @@ class GrpcExperts : public ExpertGroup {
   absl::Status CheckCover() {
     std::vector<ShardExtent> extents;
     max_tokens_ = 1 << 30;
+    float_activations_ = options_.reference_precision;
     for (auto& p : processes_) {
+      const std::vector<std::string> types(p->shard.weight_types().begin(), p->shard.weight_types().end());
+      float_activations_ = float_activations_ || NeedsFloatActivations(types);
       ShardExtent e;
       e.name = p->address;
       e.layers.assign(p->shard.layers().begin(), p->shard.layers().end());
@@ -234,7 +237,7 @@ class GrpcExperts : public ExpertGroup {
     request_.mutable_expert_weights()->assign(reinterpret_cast<const char*>(call.expert_weights),
                                               pairs * sizeof(float));
     std::string& bytes = *request_.mutable_activations();
-    if (options_.reference_precision) {
+    if (float_activations_) {
       bytes.assign(reinterpret_cast<const char*>(call.activations), values * sizeof(float));
     } else {
       bytes.resize(values * sizeof(uint16_t));
@@ -243,7 +246,7 @@ class GrpcExperts : public ExpertGroup {
         std::memcpy(bytes.data() + i * sizeof h, &h, sizeof h);
       }
     }
-    request_.set_activation_type(options_.reference_precision ? v1::DATA_TYPE_F32 : v1::DATA_TYPE_BF16);
+    request_.set_activation_type(float_activations_ ? v1::DATA_TYPE_F32 : v1::DATA_TYPE_BF16);
     request_.set_answer_type(processes_.size() > 1 ? v1::DATA_TYPE_F64 : v1::DATA_TYPE_F32);
   }
 
@@ -277,6 +280,7 @@ class GrpcExperts : public ExpertGroup {
   const std::string fingerprint_;
   std::vector<std::unique_ptr<Process>> processes_;
   int64_t max_tokens_ = 0;
+  bool float_activations_ = false;
   v1::ForwardRequest request_;
   uint64_t sequence_ = 0;
   int32_t n_tokens_ = 0;

@@ -55,4 +55,9 @@ absl::Status CheckShardCover(const std::vector<ShardExtent>& shards, const model
   return absl::OkStatus();
 }
 
+bool NeedsFloatActivations(const std::vector<std::string>& weight_types) {
+  return std::any_of(weight_types.begin(), weight_types.end(),
+                     [](const std::string& t) { return t == "F32" || t == "F16" || t == "BF16"; });
+}
+
 }  // namespace tandem::attention

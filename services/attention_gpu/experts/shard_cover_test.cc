@@ -45,5 +45,11 @@ TEST(ShardCover, NonsenseIsRefused) {
   EXPECT_THAT(Message({Shard("a", 5, 5, 0, 512)}), HasSubstr("outside"));
 }
 
+TEST(NeedsFloatActivations, OnlyForFloatWeights) {
+  EXPECT_FALSE(NeedsFloatActivations({"Q4_K", "Q6_K"}));
+  EXPECT_TRUE(NeedsFloatActivations({"Q4_K", "BF16"}));
+  EXPECT_TRUE(NeedsFloatActivations({"F32"}));
+}
+
 }  // namespace
 }  // namespace tandem::attention

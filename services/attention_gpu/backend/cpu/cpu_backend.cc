@@ -90,7 +90,7 @@ class CpuBackend : public Backend {
     rope_.resize(n_ * pairs * 2);
     for (int64_t t = 0; t < n_; ++t) {
       for (int64_t i = 0; i < pairs; ++i) {
-        const double angle = static_cast<double>(rows_[t].position) * frequencies_[i];
+        const double angle = static_cast<float>(rows_[t].position) * frequencies_[i];
         rope_[(t * pairs + i) * 2] = static_cast<float>(std::cos(angle));
         rope_[(t * pairs + i) * 2 + 1] = static_cast<float>(std::sin(angle));
       }
@@ -354,7 +354,7 @@ class CpuBackend : public Backend {
   threading::ThreadPool pool_;
   CpuWeights weights_;
   LatentCache cache_;
-  std::vector<double> frequencies_;
+  std::vector<float> frequencies_;
   float scale_ = 0;
 
   // The step in hand. [n, ...], rows in the order of StepBatch::tokens.
