@@ -295,6 +295,46 @@ TEST(RpcTest, ShutdownLetsARunningCallEnd) {
   EXPECT_EQ(CallDescribe(**channel).error_code(), grpc::StatusCode::UNAVAILABLE);
 }
 
+TEST(RpcTest, ShutdownDoesNotWaitForIdleClients) {
+  TempFolder folder;
+  EchoExperts service;
+  auto server = Server::Start(Listen({"unix:" + (folder / "s.sock")}), {&service});
+  ASSERT_TRUE(server.ok()) << server.status();
+  (*server)->SetServing(true);
+  const std::string address = (*server)->addresses()[0];
+  auto channel = Connect(address);
+  ASSERT_TRUE(channel.ok());
+  ASSERT_TRUE(WaitServing(**channel, address, absl::Seconds(5)).ok());
+  // A health watcher never ends by itself.
+  grpc::GenericStub stub(*channel);
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  auto watch = stub.PrepareCall(&context, "/grpc.health.v1.Health/Watch", &queue);
+  void* tag = nullptr;
+  bool ok = false;
+  watch->StartCall(nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  watch->Write(grpc::ByteBuffer(nullptr, 0), nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  grpc::ByteBuffer answer;
+  watch->Read(&answer, nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  const absl::Time before = absl::Now();
+  (*server)->Shutdown(absl::Seconds(30));
+  EXPECT_LT(absl::Now() - before, absl::Seconds(4));
+  while (ok) {
+    watch->Read(&answer, nullptr);
+    queue.Next(&tag, &ok);
+  }
+  grpc::Status status;
+  watch->Finish(&status, nullptr);
+  queue.Next(&tag, &ok);
+  EXPECT_FALSE(status.ok());
+  queue.Shutdown();
+  while (queue.Next(&tag, &ok)) {
+  }
+}
+
 TEST(RpcTest, ShutdownCancelsWhatOutlivesThePatience) {
   TempFolder folder;
   EchoExperts service;

@@ -3,13 +3,17 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/support/server_interceptor.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -80,6 +84,58 @@ class PrivateFiles {
   mode_t old_;
 };
 
+// How many calls are running. What a health watcher has open for ever is not counted.
+class RunningCalls {
+ public:
+  void Begin() {
+    const std::lock_guard lock(mutex_);
+    ++running_;
+  }
+  void End() {
+    const std::lock_guard lock(mutex_);
+    if (--running_ == 0) changed_.notify_all();
+  }
+  // Returns true when none is running, false after StopWaiting.
+  bool WaitForNone() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return running_ == 0 || !waiting_; });
+    return waiting_;
+  }
+  void StopWaiting() {
+    const std::lock_guard lock(mutex_);
+    waiting_ = false;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t running_ = 0;
+  bool waiting_ = true;
+};
+
+class CountedCall final : public grpc::experimental::Interceptor {
+ public:
+  explicit CountedCall(RunningCalls& calls) : calls_(calls) { calls_.Begin(); }
+  ~CountedCall() override { calls_.End(); }
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override { methods->Proceed(); }
+
+ private:
+  RunningCalls& calls_;
+};
+
+class CallCounter final : public grpc::experimental::ServerInterceptorFactoryInterface {
+ public:
+  explicit CallCounter(RunningCalls& calls) : calls_(calls) {}
+  grpc::experimental::Interceptor* CreateServerInterceptor(grpc::experimental::ServerRpcInfo* info) override {
+    if (std::strcmp(info->method(), "/grpc.health.v1.Health/Watch") == 0) return nullptr;
+    return new CountedCall(calls_);
+  }
+
+ private:
+  RunningCalls& calls_;
+};
+
 struct Listener {
   std::string address;
   std::optional<std::string> unix_path;
@@ -108,6 +164,7 @@ absl::StatusOr<std::vector<Listener>> CheckListeners(const std::vector<std::stri
 }  // namespace
 
 struct Server::Impl {
+  RunningCalls running;  // outlives the server
   std::unique_ptr<grpc::Server> server;
   std::vector<std::string> addresses;
   std::mutex mutex;
@@ -120,10 +177,20 @@ struct Server::Impl {
       stopped = true;
     }
     if (auto* health = server->GetHealthCheckService()) health->SetServingStatus(false);
+    // Without calls there is nothing to be patient for: gRPC by itself would wait until every idle client has
+    // answered its farewell, which C++ clients do only every five seconds.
+    const bool patient = patience > absl::ZeroDuration();
+    std::thread hurry([this, patient] {
+      if (!patient || !running.WaitForNone()) return;
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));  // the last answers are on their way
+      if (running.WaitForNone()) grpc_server_cancel_all_calls(server->c_server());
+    });
     const auto wait = absl::ToChronoNanoseconds(std::max(patience, absl::ZeroDuration()));
     server->Shutdown(std::chrono::system_clock::now() +
                      std::chrono::duration_cast<std::chrono::system_clock::duration>(wait));
     server->Wait();
+    running.StopWaiting();
+    hurry.join();
   }
 };
 
@@ -145,6 +212,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
   }
   for (grpc::Service* service : services) builder.RegisterService(service);
   auto impl = std::make_unique<Impl>();
+  std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
+  interceptors.push_back(std::make_unique<CallCounter>(impl->running));
+  builder.experimental().SetInterceptorCreators(std::move(interceptors));
   {
     const PrivateFiles owner_only;
     impl->server = builder.BuildAndStart();

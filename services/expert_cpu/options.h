@@ -1,5 +1,5 @@
-// The command line of tandem-expert. Every flag also as environment variable TANDEM_<FLAG> and in the file of
-// --config (INI / TOML: model = "..."); the command line wins over the environment, that over the file.
+// The command line of tandem-expert. Every flag also in the file of --config (INI / TOML: model = "...") and
+// as environment variable TANDEM_<FLAG>; the command line wins over the file, that over the environment.
 #pragma once
 
 #include <cstdint>

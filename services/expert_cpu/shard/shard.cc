@@ -1,6 +1,8 @@
 #include "services/expert_cpu/shard/shard.h"
 
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -55,6 +57,7 @@ class ShardLoader {
     for (const Placed& placed : placed_) placed.stack->data = base + placed.offset;
     std::vector<ReadPiece> pieces;
     for (const Placed& placed : placed_) {
+      if (placed.alias) continue;
       for (int64_t e = 0; e < shard_.plan_.experts(); ++e) {
         ReadPiece piece = placed.first;
         piece.offset += static_cast<uint64_t>(e) * placed.file_expert_bytes;
@@ -74,7 +77,10 @@ class ShardLoader {
     uint64_t offset;             // in the arena
     ReadPiece first;             // of the first expert held, `to` not yet set
     uint64_t file_expert_bytes;  // distance of experts in the file
+    bool alias;                  // the bytes are another tensor's, too: read and kept once
   };
+  // What tells the bytes of two stacks apart: file, offset, begin in a row, type, rows, columns.
+  using Source = std::tuple<int, uint64_t, uint64_t, uint32_t, int64_t, int64_t>;
 
   // Rows [row_offset + row_begin, row_offset + row_end) of every expert held.
   absl::Status AddRows(const gguf::Tensor& tensor, int64_t row_offset, ExpertStack& stack) {
@@ -121,14 +127,18 @@ class ShardLoader {
     if (!end)
       return absl::InvalidArgumentError(absl::StrCat(tensor.name, ": more bytes than can be counted"));
     stack.expert_bytes = *bytes;
-    placed_.push_back({&stack, bytes_, piece, file_expert_bytes});
-    bytes_ = *end;
+    const Source source(piece.file, piece.offset, piece.row_begin, static_cast<uint32_t>(tensor.type),
+                        stack.rows, stack.cols);
+    const auto [at, is_new] = offsets_.emplace(source, bytes_);
+    placed_.push_back({&stack, at->second, piece, file_expert_bytes, !is_new});
+    if (is_new) bytes_ = *end;
     return absl::OkStatus();
   }
 
   const gguf::File& file_;
   Shard& shard_;
   std::vector<Placed> placed_;
+  std::map<Source, uint64_t> offsets_;
   uint64_t bytes_ = 0;
 };
 
@@ -136,7 +146,8 @@ absl::StatusOr<std::unique_ptr<Shard>> Shard::Load(const std::string& path, cons
   gguf::File::Options header_only;
   header_only.map_data = false;
   TANDEM_ASSIGN_OR_RETURN(const std::unique_ptr<gguf::File> file, gguf::File::Open(path, header_only));
-  TANDEM_ASSIGN_OR_RETURN(const model::ModelConfig config, model::ReadModelConfig(*file));
+  // How experts are chosen is not this process's business: no group limit is read.
+  TANDEM_ASSIGN_OR_RETURN(const model::ModelConfig config, model::ReadModelConfig(*file, "off"));
   std::unique_ptr<Shard> shard(new Shard());
   TANDEM_ASSIGN_OR_RETURN(shard->plan_, MakeShardPlan(config, options.request));
   shard->model_name_ = config.name;
