@@ -5,6 +5,7 @@
 #include "common/base/status_macros.h"
 #include "common/quant/quant.h"
 #include "common/threading/thread_pool.h"
+#include "services/attention_gpu/experts/shard_cover.h"
 #include "services/expert_cpu/moe/moe.h"
 #include "services/expert_cpu/shard/shard.h"
 
