@@ -245,7 +245,7 @@ std::optional<int> CommandLine::Parse(const std::vector<std::string>& args, cons
       continue;
     }
     if (word == "-h" || word == "--help") {
-      out << command->impl_->app->help();
+      out << command->impl_->app->help("tandem");
       return 0;
     }
     if (word.size() < 2 || word[0] != '-') {

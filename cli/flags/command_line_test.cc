@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <fstream>
 #include <map>
 #include <sstream>
@@ -35,12 +36,16 @@ class CommandLineTest : public ::testing::Test {
         out_, err_);
   }
 
+  ~CommandLineTest() override { std::remove(config_.c_str()); }
+
   std::string WriteConfig(const std::string& text) {
-    const std::string path =
-        ::testing::TempDir() + "tandem-" + ::testing::UnitTest::GetInstance()->current_test_info()->name();
-    std::ofstream(path) << text;
-    return path;
+    config_ = ::testing::TempDir() + "command-line-" +
+              ::testing::UnitTest::GetInstance()->current_test_info()->name();
+    std::ofstream(config_) << text;
+    return config_;
   }
+
+  std::string config_;
 
   ServeOptions serve_;
   ChatOptions chat_;

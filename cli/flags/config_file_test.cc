@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 
@@ -11,14 +12,18 @@ namespace {
 
 using ::testing::HasSubstr;
 
-std::string WriteFile(const std::string& text) {
-  const std::string path = ::testing::TempDir() + "tandem-config-" +
-                           ::testing::UnitTest::GetInstance()->current_test_info()->name();
-  std::ofstream(path, std::ios::binary) << text;
-  return path;
-}
+class ConfigFile : public ::testing::Test {
+ protected:
+  ~ConfigFile() override { std::remove(path_.c_str()); }
+  const std::string& WriteFile(const std::string& text) {
+    std::ofstream(path_, std::ios::binary) << text;
+    return path_;
+  }
+  const std::string path_ =
+      ::testing::TempDir() + "config-file-" + ::testing::UnitTest::GetInstance()->current_test_info()->name();
+};
 
-TEST(ConfigFile, Reads) {
+TEST_F(ConfigFile, Reads) {
   const auto entries =
       ReadConfigFile(WriteFile("# a comment\n\nport = 8000\r\n[serve]\n  max_batch_size=4  # four\nmodel = "
                                "\"a # b\"\n[chat]\nsystem =\n"));
@@ -35,7 +40,7 @@ TEST(ConfigFile, Reads) {
   EXPECT_EQ((*entries)[3].value, "");
 }
 
-TEST(ConfigFile, ErrorsNameTheLine) {
+TEST_F(ConfigFile, ErrorsNameTheLine) {
   for (const char* bad :
        {"\nnonsense\n", "\n[serve\n", "\n= 3\n", "\nmodel = \"x\n", "\nmodel = \"x\" y\n"}) {
     const std::string path = WriteFile(bad);
@@ -45,7 +50,7 @@ TEST(ConfigFile, ErrorsNameTheLine) {
   }
 }
 
-TEST(ConfigFile, RefusesWhatIsNoText) {
+TEST_F(ConfigFile, RefusesWhatIsNoText) {
   EXPECT_EQ(ReadConfigFile("/nonexistent/file").status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(ReadConfigFile(WriteFile(std::string("a\0b", 3))).status().code(),
             absl::StatusCode::kInvalidArgument);

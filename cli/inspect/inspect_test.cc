@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -105,6 +106,7 @@ TEST(Inspect, AnotherArchitectureIsDescribedAndRefused) {
   EXPECT_EQ(r.code, 1);
   EXPECT_THAT(r.err, HasSubstr("llama"));
   EXPECT_THAT(r.out, HasSubstr("bad\\x1B[31mname"));
+  std::remove(path.c_str());
 }
 
 }  // namespace

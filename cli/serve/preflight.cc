@@ -3,9 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstdlib>
-#include <cstring>
 #include <filesystem>
 
 #include "absl/strings/str_cat.h"
@@ -24,8 +21,6 @@ constexpr int64_t kDefaultContext = 8192;
 constexpr int64_t kDefaultBatch = 16;
 constexpr uint64_t kDefaultKvBytes = uint64_t{2} << 30;
 constexpr uint64_t kBytesPerProcess = 100'000'000;  // code, buffers, thread stacks
-// sockaddr_un holds 108 bytes; the longest name below the folder is "/attention.sock".
-constexpr size_t kLongestRuntimeFolder = 80;
 
 }  // namespace
 
@@ -104,21 +99,6 @@ absl::Status CheckPrograms(const std::vector<Process>& processes) {
   return absl::NotFoundError(absl::StrCat("the installation is not complete: ", absl::StrJoin(missing, ", "),
                                           missing.size() == 1 ? " is" : " are",
                                           " not there or cannot be run"));
-}
-
-absl::StatusOr<std::string> MakeRuntimeFolder() {
-  std::vector<std::string> places;
-  const char* xdg = std::getenv("XDG_RUNTIME_DIR");
-  if (xdg != nullptr && *xdg == '/') places.emplace_back(xdg);
-  places.emplace_back("/tmp");
-  std::string why;
-  for (const std::string& place : places) {
-    std::string folder = place + "/tandem-XXXXXX";
-    if (folder.size() > kLongestRuntimeFolder) continue;
-    if (mkdtemp(folder.data()) != nullptr) return folder;
-    absl::StrAppend(&why, why.empty() ? "" : "; ", place, ": ", std::strerror(errno));
-  }
-  return absl::PermissionDeniedError(absl::StrCat("no folder for the sockets can be made: ", why));
 }
 
 }  // namespace tandem::cli

@@ -43,7 +43,4 @@ absl::Status CheckPorts(const ServeOptions& options, const Ports& ports);
 // NotFound names the programs that are not beside this one.
 absl::Status CheckPrograms(const std::vector<Process>& processes);
 
-// A fresh folder with mode 0700 under XDG_RUNTIME_DIR or /tmp, short enough for Unix sockets.
-absl::StatusOr<std::string> MakeRuntimeFolder();
-
 }  // namespace tandem::cli

@@ -4,7 +4,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -17,7 +16,6 @@ namespace tandem::cli {
 namespace {
 
 using ::testing::HasSubstr;
-using ::testing::StartsWith;
 
 std::string DemoModel() {
   return std::string(std::getenv("TANDEM_SOURCE_DIR")) + "/models/tinyr1-Q4_K_M.gguf";
@@ -149,21 +147,6 @@ TEST(Preflight, MissingProgramsAreNamed) {
             "the installation is not complete: /nonexistent/tandem-expert is not there or cannot be run");
   process.argv = {"/bin/sh"};
   EXPECT_TRUE(CheckPrograms({process}).ok());
-}
-
-TEST(Preflight, TheRuntimeFolderIsPrivate) {
-  setenv("XDG_RUNTIME_DIR", ::testing::TempDir().c_str(), 1);
-  const std::string folder = MakeRuntimeFolder().value();
-  struct stat info {};
-  ASSERT_EQ(stat(folder.c_str(), &info), 0);
-  EXPECT_EQ(info.st_mode & 0777, 0700u);
-  EXPECT_NE(MakeRuntimeFolder().value(), folder);
-  setenv("XDG_RUNTIME_DIR", ("/" + std::string(120, 'x')).c_str(), 1);  // too long for a socket
-  const std::string elsewhere = MakeRuntimeFolder().value();
-  EXPECT_THAT(elsewhere, StartsWith("/tmp/tandem-"));
-  unsetenv("XDG_RUNTIME_DIR");
-  std::filesystem::remove(folder);
-  std::filesystem::remove(elsewhere);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "cli/serve/launch_plan.h"
 #include "cli/serve/preflight.h"
+#include "cli/serve/runtime_folder.h"
 #include "cli/serve/supervisor.h"
 #include "cli/util/format.h"
 #include "cli/util/http_client.h"
@@ -171,17 +172,10 @@ void AnnounceReady(const ServeOptions& options, const Ports& ports, double secon
 
 int RunServe(const ServeOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
-  const absl::StatusOr<std::string> runtime = MakeRuntimeFolder();
+  const absl::StatusOr<std::unique_ptr<RuntimeFolder>> runtime = RuntimeFolder::Make();
   if (!runtime.ok()) return Refuse(runtime.status());
-  const auto clean = [&runtime] {
-    std::error_code ignored;
-    std::filesystem::remove_all(*runtime, ignored);
-  };
-  const absl::StatusOr<Prepared> prepared = Prepare(options, *runtime);
-  if (!prepared.ok()) {
-    clean();
-    return Refuse(prepared.status());
-  }
+  const absl::StatusOr<Prepared> prepared = Prepare(options, (*runtime)->path());
+  if (!prepared.ok()) return Refuse(prepared.status());
   KeepOwnFlagsFromChildren();
   // Not as an argument, which every user of the machine could read.
   if (!options.api_key.empty()) setenv("TANDEM_API_KEY", options.api_key.c_str(), 1);
@@ -216,7 +210,6 @@ int RunServe(const ServeOptions& options) {
     for (const int number : {SIGINT, SIGTERM, SIGHUP}) signal(number, SIG_IGN);
     running = nullptr;
   }
-  clean();
   Say(code == 0 ? "tandem: stopped" : "tandem: failed, see above");
   return code;
 }
