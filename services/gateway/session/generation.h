@@ -45,7 +45,7 @@ struct TokenLogprob {
   float logprob = 0;  // natural
 };
 
-// One generated token, given to the listener together with the text that it begins.
+// One generated token, given to the listener together with the end of its text.
 struct TokenInfo {
   int32_t token = 0;
   float logprob = 0;

@@ -211,13 +211,14 @@ void GenerationSession::TakeToken(const v1::GenerateEvent& event, int index, Del
   const bool reasoning = spec_.split_reasoning && (splitter_.in_reasoning() || id == model_->think_open_id());
   if (reasoning) ++result_.reasoning_tokens;
   if (spec_.logprobs) {
-    PendingToken pending{text_bytes_, {id, token.logprob(), {}, reasoning}};
+    PendingToken pending{0, {id, token.logprob(), {}, reasoning}};
     for (const v1::TokenLogprob& top : token.top_logprobs()) {
       pending.info.top.push_back({top.token(), top.logprob()});
     }
     pending_.push_back(std::move(pending));
   }
   if (model_->Visible(id)) Emit(decoder_.Push(id), delta);
+  if (spec_.logprobs) pending_.back().end = text_bytes_;
 }
 
 void GenerationSession::Emit(std::string text, Delta& delta) {
@@ -233,10 +234,10 @@ void GenerationSession::Emit(std::string text, Delta& delta) {
   }
 }
 
-// The tokens whose text has begun to be given out; those of a stop string never are.
+// The tokens whose text has been given out; those that have part in a stop string never are.
 void GenerationSession::GiveTokens(Delta& delta, bool all) {
   size_t count = 0;
-  while (count < pending_.size() && (all || pending_[count].begin < given_bytes_)) ++count;
+  while (count < pending_.size() && (all || pending_[count].end <= given_bytes_)) ++count;
   for (size_t i = 0; i < count; ++i) delta.tokens.push_back(std::move(pending_[i].info));
   pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(count));
 }

@@ -110,7 +110,7 @@ class GenerationSession final : public EngineListener,
   size_t text_bytes_ = 0;   // of all text that went into stop_
   size_t given_bytes_ = 0;  // and that came out
   struct PendingToken {
-    size_t begin;  // of its text, in the same count
+    size_t end;  // of its text, in the same count
     TokenInfo info;
   };
   std::vector<PendingToken> pending_;
