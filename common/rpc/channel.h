@@ -17,6 +17,8 @@ class Status;
 namespace tandem::rpc {
 
 // `address` as in ServerOptions::listen, or a DNS name with port.
+// A lost connection is made again only while a call waits on the channel (set_wait_for_ready, with a
+// deadline) or WaitServing runs; calls that fail at once do not give it the time.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address,
                                                        const TlsOptions& tls = {});
 

@@ -109,11 +109,12 @@ TEST(RpcTest, AChannelMadeBeforeItsServerConnectsSoonAfterItIsThere) {
   auto channel = Connect(address);
   ASSERT_TRUE(channel.ok());
   EXPECT_EQ(CallDescribe(**channel).error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_FALSE(WaitServing(**channel, address, absl::Seconds(1)).ok());  // several attempts fail
   EchoExperts service;
   auto server = Server::Start(Listen({address}), {&service});
   ASSERT_TRUE(server.ok()) << server.status();
   (*server)->SetServing(true);
-  EXPECT_TRUE(WaitServing(**channel, address, absl::Seconds(5)).ok());
+  EXPECT_TRUE(WaitServing(**channel, address, absl::Seconds(3)).ok());
 }
 
 TEST(RpcTest, ReflectionTellsServicesAndFiles) {
