@@ -8,6 +8,8 @@
 
 namespace tandem::kernels::internal {
 namespace {
+#include "common/kernels/ahead.inc"
+// Ahead of the vector layer.
 #include "common/kernels/vec256.inc"
 // After the vector layer.
 #include "common/kernels/decode.inc"

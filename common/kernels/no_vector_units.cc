@@ -1,4 +1,5 @@
 // A build for a machine that none of the vector units is written for: the scalar twins do the work.
+#include "common/kernels/attention_internal.h"
 #include "common/kernels/internal.h"
 
 namespace tandem::kernels::internal {
@@ -7,5 +8,8 @@ const KTables* Avx2Tables() { return nullptr; }
 const KTables* Avx512Tables() { return nullptr; }
 const KTables* Avx512VnniTables() { return nullptr; }
 const KTables* AmxTables() { return nullptr; }
+
+FoldFn Avx2Fold() { return nullptr; }
+FoldFn Avx512Fold() { return nullptr; }
 
 }  // namespace tandem::kernels::internal

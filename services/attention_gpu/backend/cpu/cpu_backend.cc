@@ -227,8 +227,8 @@ class CpuBackend : public Backend {
     });
 
     latents_.resize(n_ * heads * lora);
-    // One token is split over head groups, several over tokens as well.
-    const int64_t groups = std::min<int64_t>(heads, n_ == 1 ? pool_.threads() * 2 : 4);
+    // Few tokens are split over groups of heads as well.
+    const int64_t groups = std::min<int64_t>(heads, n_ < 4 * pool_.threads() ? pool_.threads() : 1);
     const int64_t per_group = (heads + groups - 1) / groups;
     pool_.ParallelFor(n_ * groups, 1, [&](int64_t begin, int64_t end, int worker) {
       for (int64_t i = begin; i < end; ++i) {

@@ -30,7 +30,8 @@ absl::StatusOr<LatentCache> LatentCache::Create(int64_t layers, int32_t pages, i
   }
   ::madvise(p, *bytes, MADV_HUGEPAGE);
   LatentCache c;
-  c.data_ = std::unique_ptr<float[], UnmapFloats>(static_cast<float*>(p), UnmapFloats{static_cast<size_t>(*bytes)});
+  c.data_ =
+      std::unique_ptr<float[], UnmapFloats>(static_cast<float*>(p), UnmapFloats{static_cast<size_t>(*bytes)});
   c.pages_ = pages;
   c.page_tokens_ = page_tokens;
   c.width_ = width;

@@ -1,16 +1,14 @@
 #include "services/attention_gpu/backend/cpu/mla_attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
-#include "common/kernels/kernels.h"
+#include "common/kernels/attention.h"
 
 namespace tandem::attention {
 
 void MlaAttend(const LatentCache& cache, int64_t layer, std::span<const int32_t> page_table, int64_t position,
                int64_t heads, int64_t kv_lora, const float* query, float* out, MlaScratch& scratch) {
-  const int64_t width = cache.width();
   const int64_t page_tokens = cache.page_tokens();
   scratch.scores.resize(heads * (page_tokens + 2));
   float* running_max = scratch.scores.data() + heads * page_tokens;
@@ -18,32 +16,10 @@ void MlaAttend(const LatentCache& cache, int64_t layer, std::span<const int32_t>
   std::fill(running_max, running_max + heads, -std::numeric_limits<float>::infinity());
   std::fill(running_sum, running_sum + heads, 0.0f);
   std::fill(out, out + heads * kv_lora, 0.0f);
-
   for (int64_t begin = 0; begin <= position; begin += page_tokens) {
-    const int64_t n = std::min(page_tokens, position + 1 - begin);
-    const float* page = cache.Page(layer, page_table[begin / page_tokens]);
-    for (int64_t h = 0; h < heads; ++h) {
-      const float* q = query + h * width;
-      float* s = scratch.scores.data() + h * page_tokens;
-      float top = running_max[h];
-      for (int64_t i = 0; i < n; ++i) {
-        s[i] = kernels::Dot(q, page + i * width, width);
-        top = std::max(top, s[i]);
-      }
-      float* o = out + h * kv_lora;
-      const float keep = std::exp(running_max[h] - top);  // 0 on the first page: exp(-inf)
-      if (keep != 1.0f) {
-        for (int64_t j = 0; j < kv_lora; ++j) o[j] *= keep;
-      }
-      float sum = running_sum[h] * keep;
-      for (int64_t i = 0; i < n; ++i) {
-        const float p = std::exp(s[i] - top);
-        sum += p;
-        kernels::Axpy(p, page + i * width, o, kv_lora);
-      }
-      running_max[h] = top;
-      running_sum[h] = sum;
-    }
+    kernels::AttendPage(query, heads, cache.width(), cache.Page(layer, page_table[begin / page_tokens]),
+                        std::min(page_tokens, position + 1 - begin), kv_lora, {running_max, running_sum, out},
+                        scratch.scores.data());
   }
   for (int64_t h = 0; h < heads; ++h) {
     const float inverse = 1.0f / running_sum[h];

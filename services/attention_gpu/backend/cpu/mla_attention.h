@@ -12,7 +12,7 @@ namespace tandem::attention {
 
 // Scratch of one worker; grows as needed, reused.
 struct MlaScratch {
-  std::vector<float> scores;  // [heads, page_tokens]
+  std::vector<float> scores;  // [heads, page_tokens], then maxima and sums
 };
 
 // One token's attention in one layer.
