@@ -7,6 +7,7 @@
 #include "cli/flags/command_line.h"
 #include "cli/inspect/inspect.h"
 #include "cli/serve/serve.h"
+#include "cli/synth/synth.h"
 
 int main(int argc, char** argv) {
   using namespace tandem::cli;
@@ -15,10 +16,12 @@ int main(int argc, char** argv) {
   ChatOptions chat;
   InspectOptions inspect;
   DoctorOptions doctor;
+  SynthOptions synth;
   AddServeFlags(line.Add("serve", "Start the server: all processes of this machine"), &serve);
   AddChatFlags(line.Add("chat", "Talk to a running server, or start one"), &chat);
   AddInspectFlags(line.Add("inspect", "Show a model file: metadata, tensors, memory plan"), &inspect);
   AddDoctorFlags(line.Add("doctor", "Check this machine: what is fine, what to change"), &doctor);
+  AddSynthFlags(line.Add("synth", "Write a model with random weights, for measurements"), &synth);
   const std::optional<int> code = line.Parse({argv + 1, argv + argc}, &std::getenv, std::cout, std::cerr);
   if (code) return *code;
   for (const std::string& flag : line.ignored()) {
@@ -27,5 +30,6 @@ int main(int argc, char** argv) {
   if (line.command() == "serve") return RunServe(serve);
   if (line.command() == "chat") return RunChat(chat);
   if (line.command() == "inspect") return RunInspect(inspect, std::cout, std::cerr);
+  if (line.command() == "synth") return RunSynth(synth, std::cout, std::cerr);
   return RunDoctor(doctor, std::cout);
 }
