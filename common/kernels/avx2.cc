@@ -15,7 +15,7 @@ namespace {
 #include "common/kernels/decode.inc"
 #include "common/kernels/matmul.inc"
 #include "common/kernels/vector.inc"
-constexpr KTables kTables = MakeTables("avx2");
+constexpr KTables kTables = MakeTables("avx2", VectorQuantMatMul);
 }  // namespace
 
 const KTables* Avx2Tables() { return &kTables; }

@@ -15,7 +15,7 @@ namespace {
 #include "common/kernels/decode.inc"
 #include "common/kernels/matmul.inc"
 #include "common/kernels/vector.inc"
-constexpr KTables kTables = MakeTables("avx512-vnni");
+constexpr KTables kTables = MakeTables("avx512-vnni", VectorQuantMatMul);
 }  // namespace
 
 const KTables* Avx512VnniTables() { return &kTables; }

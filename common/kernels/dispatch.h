@@ -8,6 +8,8 @@ namespace tandem::kernels::internal {
 
 const KTables& TablesFor(Isa isa);
 const KTables& ActiveTables();
+// Takes the place of the active ISA's table until called with nullptr. Not thread-safe.
+void SetTablesForTesting(const KTables* tables);
 
 // Makes sure that this thread's scratch exists; valid until the thread ends.
 uint8_t* ThreadScratch();

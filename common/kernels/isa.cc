@@ -141,7 +141,15 @@ const KTables& TablesFor(Isa isa) {
   return *ScalarTables();
 }
 
-const KTables& ActiveTables() { return TablesFor(Active()); }
+namespace {
+const KTables* override_for_testing = nullptr;
+}  // namespace
+
+void SetTablesForTesting(const KTables* tables) { override_for_testing = tables; }
+
+const KTables& ActiveTables() {
+  return override_for_testing != nullptr ? *override_for_testing : TablesFor(Active());
+}
 
 }  // namespace internal
 }  // namespace tandem::kernels

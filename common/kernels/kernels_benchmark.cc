@@ -1,7 +1,8 @@
-// Products of every type with 1 to 512 tokens on every ISA: bytes of weights a second against a plain read loop by
-// the same threads over the same memory, interleaved with it; multiply-adds a second for many tokens.
+// Products of every type with 1 to 512 tokens on every ISA: bytes of weights a second against a plain read
+// loop by the same threads over the same memory, interleaved with it; multiply-adds a second for many tokens.
 //   TANDEM_BENCH_MIB (default 2048): working set; TANDEM_BENCH_THREADS (default: allowed CPUs)
-// Counters: gbps, ceiling_gbps and ratio are medians over the rounds of an iteration; gmacs is the best round.
+// Counters: gbps, ceiling_gbps and ratio are medians over the rounds of an iteration; gmacs is the best
+// round.
 #include <benchmark/benchmark.h>
 #include <sys/mman.h>
 
@@ -46,7 +47,8 @@ Memory WorkingSet(TensorType type) {
   static Memory memory = [] {
     Memory m;
     m.bytes = EnvOr("TANDEM_BENCH_MIB", 2048) << 20;
-    void* p = mmap(nullptr, static_cast<size_t>(m.bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* p = mmap(nullptr, static_cast<size_t>(m.bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                   -1, 0);
     if (p == MAP_FAILED) std::abort();
     madvise(p, static_cast<size_t>(m.bytes), MADV_HUGEPAGE);
     m.data = static_cast<uint8_t*>(p);
@@ -148,9 +150,10 @@ const int kRegistered = [] {
     for (Isa isa : AvailableIsas()) {
       if (isa == Isa::kScalar) continue;
       for (int64_t tokens : {1, 2, 4, 8, 16, 64, 512}) {
-        const std::string name = "matmul/" + std::string(gguf::TypeName(type)) + "/" + std::string(IsaName(isa)) +
-                                 "/" + std::to_string(tokens);
-        benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& s) { MatMulBench(s, type, isa, tokens); })
+        const std::string name = "matmul/" + std::string(gguf::TypeName(type)) + "/" +
+                                 std::string(IsaName(isa)) + "/" + std::to_string(tokens);
+        benchmark::RegisterBenchmark(name.c_str(),
+                                     [=](benchmark::State& s) { MatMulBench(s, type, isa, tokens); })
             ->Iterations(1)
             ->Unit(benchmark::kMillisecond);
       }
@@ -162,7 +165,8 @@ const int kRegistered = [] {
       benchmark::RegisterBenchmark(("quantize/" + std::string(gguf::TypeName(type)) + "/" + name).c_str(),
                                    [=](benchmark::State& s) { QuantizeBench(s, type, isa); });
     }
-    benchmark::RegisterBenchmark(("silu_mul/" + name).c_str(), [=](benchmark::State& s) { SiluMulBench(s, isa); });
+    benchmark::RegisterBenchmark(("silu_mul/" + name).c_str(),
+                                 [=](benchmark::State& s) { SiluMulBench(s, isa); });
   }
   return 0;
 }();
