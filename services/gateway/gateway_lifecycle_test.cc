@@ -295,9 +295,8 @@ TEST_F(LifecycleTest, ManyStreamsAtOnce) {
     clients.emplace_back([&, i] {
       for (int round = 0; round < 2; ++round) {
         const HttpReply reply = Chat(i % 2 == 0 ? R"("stream":true)" : "");
-        const std::string content = i % 2 == 0
-                                        ? ParseStream(reply).content
-                                        : Parse(reply)["choices"][0]["message"]["content"].get<std::string>();
+        const Json content =
+            i % 2 == 0 ? Json(ParseStream(reply).content) : Parse(reply)["choices"][0]["message"]["content"];
         if (content == expected) right.fetch_add(1);
       }
     });

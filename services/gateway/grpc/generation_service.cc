@@ -105,6 +105,7 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
     RecordRequest(id_, {result}, tokenize_seconds_, absl::ToDoubleSeconds(absl::Now() - arrived_),
                   *parts_.metrics);
     std::lock_guard lock(mutex_);
+    ticket_.reset();
     if (result.status.ok()) {
       v1::GenerationResponse response;
       response.set_finish_reason(result.finish == Finish::kStop ? "stop" : "length");
@@ -114,7 +115,6 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
       usage.set_cached_prompt_tokens(result.cached_prompt_tokens);
       Enqueue(std::move(response));
     }
-    ticket_.reset();
     Close(rpc::ToGrpc(result.status));
   }
 

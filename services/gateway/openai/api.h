@@ -66,6 +66,8 @@ class Api {
               const std::shared_ptr<const ModelContext>& model, Responder& responder,
               Admission::Ticket ticket, absl::Time arrived, double tokenize_seconds);
   void RefuseGeneration(Responder& responder, const ApiError& error);
+  // The room is given back before the answer goes out.
+  void RefuseGeneration(Responder& responder, const ApiError& error, Admission::Ticket ticket);
 
   void Tokenize(const Request& request, Responder& responder,
                 const std::shared_ptr<const ModelContext>& model);

@@ -65,6 +65,11 @@ void Api::RefuseGeneration(Responder& responder, const ApiError& error) {
   Send(responder, error);
 }
 
+void Api::RefuseGeneration(Responder& responder, const ApiError& error, Admission::Ticket ticket) {
+  { const Admission::Ticket given_back = std::move(ticket); }
+  RefuseGeneration(responder, error);
+}
+
 void Api::Generate(Request request, Responder responder, bool chat) {
   absl::StatusOr<Admission::Ticket> ticket = parts_.admission->Enter();
   if (!ticket.ok()) return RefuseGeneration(responder, FromStatus(ticket.status()));
@@ -92,13 +97,13 @@ void Api::RunChat(const Request& request, Responder responder, Admission::Ticket
   ChatRequest chat;
   if (!error.has_value()) error = ParseChatRequest(body, options_.defaults, &chat);
   if (!error.has_value()) error = CheckModel(*model, chat.model);
-  if (error.has_value()) return RefuseGeneration(responder, *error);
+  if (error.has_value()) return RefuseGeneration(responder, *error, std::move(ticket));
 
   const absl::Time start = absl::Now();
   absl::StatusOr<Prompt> prompt =
       model->RenderChat(chat.messages, chat.template_kwargs.is_null() ? nullptr : &chat.template_kwargs);
   if (!prompt.ok()) {
-    return RefuseGeneration(responder, BadRequest(Message(prompt.status()), "messages"));
+    return RefuseGeneration(responder, BadRequest(Message(prompt.status()), "messages"), std::move(ticket));
   }
   const double tokenize_seconds = absl::ToDoubleSeconds(absl::Now() - start);
   std::vector<Prompt> prompts;
@@ -115,7 +120,7 @@ void Api::RunCompletions(const Request& request, Responder responder, Admission:
   CompletionRequest completion;
   if (!error.has_value()) error = ParseCompletionRequest(body, options_.defaults, &completion);
   if (!error.has_value()) error = CheckModel(*model, completion.model);
-  if (error.has_value()) return RefuseGeneration(responder, *error);
+  if (error.has_value()) return RefuseGeneration(responder, *error, std::move(ticket));
 
   const absl::Time start = absl::Now();
   std::vector<Prompt> prompts;
@@ -141,10 +146,12 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
                  double tokenize_seconds) {
   for (const auto& [token, bias] : common.sampling.logit_bias) {
     if (static_cast<uint32_t>(token) >= model->limits().vocab_size) {
-      return RefuseGeneration(responder, BadRequest(absl::StrCat("'logit_bias' names the token ", token,
-                                                                 "; the vocabulary's ids are 0 to ",
-                                                                 model->limits().vocab_size - 1),
-                                                    "logit_bias", "out_of_range"));
+      return RefuseGeneration(
+          responder,
+          BadRequest(absl::StrCat("'logit_bias' names the token ", token, "; the vocabulary's ids are 0 to ",
+                                  model->limits().vocab_size - 1),
+                     "logit_bias", "out_of_range"),
+          std::move(ticket));
     }
   }
   JobSpec job;
@@ -165,7 +172,7 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
     if (!new_tokens.ok()) {
       ApiError error = FromStatus(new_tokens.status());
       error.param = param;
-      return RefuseGeneration(responder, error);
+      return RefuseGeneration(responder, error, std::move(ticket));
     }
     job.prompt_tokens += prompts[p].tokens.size();
     for (int i = 0; i < common.n; ++i) {
@@ -189,7 +196,7 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
   const int more = static_cast<int>(job.sequences.size()) - 1;
   if (more > 0) {
     if (const absl::Status grown = ticket.Grow(more); !grown.ok()) {
-      return RefuseGeneration(responder, FromStatus(grown));
+      return RefuseGeneration(responder, FromStatus(grown), std::move(ticket));
     }
   }
   GenerationJob::Start(std::move(job), parts_.sessions, parts_.metrics, model, std::move(responder),

@@ -102,6 +102,7 @@ bool GenerationJob::OnDelta(int index, Delta delta) {
 void GenerationJob::OnDone(int index, const GenerationResult& result) {
   std::lock_guard lock(mutex_);
   results_[static_cast<size_t>(index)] = result;
+  if (done_ + 1 == results_.size()) ticket_.reset();
   if (!result.status.ok()) {
     if (!failed_) Fail(result.status);
   } else if (!failed_) {
@@ -140,22 +141,22 @@ UsageCounts GenerationJob::Usage() const {
 }
 
 void GenerationJob::Complete() {
-  if (!failed_) {
-    if (spec_.stream) {
-      if (spec_.include_usage) Write(FormatUsageChunk(spec_.head, Usage()));
-      responder_.Write(kSseDone);
-      responder_.Finish();
-    } else {
-      for (size_t i = 0; i < spec_.echoes.size(); ++i) choices_[i].content.insert(0, spec_.echoes[i]);
-      responder_.Respond(200, "application/json",
-                         FormatAnswer(spec_.head, choices_, Usage(), spec_.logprobs, model_->tokenizer()),
-                         {{"X-Request-Id", spec_.head.id}});
-    }
-  }
+  // First the room and the books, then the answer: who has his answer may come again at once.
+  ticket_.reset();
   RecordRequest(spec_.head.id, results_, spec_.tokenize_seconds,
                 absl::ToDoubleSeconds(absl::Now() - spec_.arrived), *metrics_);
-  ticket_.reset();
   sessions_.clear();
+  if (failed_) return;
+  if (spec_.stream) {
+    if (spec_.include_usage) Write(FormatUsageChunk(spec_.head, Usage()));
+    responder_.Write(kSseDone);
+    responder_.Finish();
+    return;
+  }
+  for (size_t i = 0; i < spec_.echoes.size(); ++i) choices_[i].content.insert(0, spec_.echoes[i]);
+  responder_.Respond(200, "application/json",
+                     FormatAnswer(spec_.head, choices_, Usage(), spec_.logprobs, model_->tokenizer()),
+                     {{"X-Request-Id", spec_.head.id}});
 }
 
 }  // namespace tandem::gateway

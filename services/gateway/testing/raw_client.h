@@ -15,6 +15,9 @@
 
 namespace tandem::gateway::testing {
 
+// Long enough for a slow machine under a sanitizer; only a test that fails waits so long.
+inline constexpr std::chrono::milliseconds kPatience{60'000};
+
 struct HttpReply {
   int status = 0;
   std::map<std::string, std::string> headers;  // names in lower case
@@ -53,7 +56,7 @@ class RawClient {
   }
 
   // Until the end of the connection, or no byte for `quiet`.
-  std::string ReadAll(std::chrono::milliseconds quiet = std::chrono::seconds(10)) {
+  std::string ReadAll(std::chrono::milliseconds quiet = kPatience) {
     while (Fill(quiet)) {
     }
     std::string all;
@@ -63,7 +66,7 @@ class RawClient {
   bool closed() const { return eof_; }
 
   // Waits for `text` in what has been received and not been taken yet; takes everything up to its end.
-  std::string ReadUntil(std::string_view text, std::chrono::milliseconds quiet = std::chrono::seconds(10)) {
+  std::string ReadUntil(std::string_view text, std::chrono::milliseconds quiet = kPatience) {
     size_t at;
     while ((at = input_.find(text)) == std::string::npos) {
       if (!Fill(quiet)) return {};
@@ -113,7 +116,7 @@ class RawClient {
   }
 
   std::string ReadBytes(size_t size) {
-    while (input_.size() < size && Fill(std::chrono::seconds(10))) {
+    while (input_.size() < size && Fill(kPatience)) {
     }
     std::string out = input_.substr(0, size);
     input_.erase(0, out.size());
