@@ -106,6 +106,7 @@ absl::StatusOr<std::unique_ptr<Shard>> LoadShard(const Options& options, const P
   LoadOptions load;
   load.request = options.shard;
   load.threads = options.load_threads;
+  load.arena = options.arena;
   load.progress = &progress;
   if (placement.node >= 0) {
     load.bind_memory = [&](void* data, uint64_t bytes) {
@@ -118,6 +119,7 @@ absl::StatusOr<std::unique_ptr<Shard>> LoadShard(const Options& options, const P
   const double gigabytes = static_cast<double>(progress.bytes_read) / 1e9;
   spdlog::info("loaded {}: {}, {:.2f} GB in {:.1f} s ({:.2f} GB/s)", shard->model_name(),
                shard->plan().DebugString(), gigabytes, watcher.Seconds(), gigabytes / watcher.Seconds());
+  spdlog::info("weights lie in {}", shard->arena().Description());
   return shard;
 }
 

@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <iostream>
+#include <map>
 
 #include "common/topology/cpu_list.h"
 
@@ -63,6 +64,17 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
   app.add_option("--load-threads", o.load_threads, "Reads in flight while loading")
       ->check(CLI::Range(1, 256))
       ->envname("TANDEM_LOAD_THREADS");
+  const std::map<std::string, ArenaKind> arenas = {{"auto", ArenaKind::kAuto},
+                                                   {"hugetlb", ArenaKind::kHugeTlb},
+                                                   {"shared-huge", ArenaKind::kSharedHuge},
+                                                   {"shared", ArenaKind::kSharedSmall},
+                                                   {"private", ArenaKind::kAnonymous}};
+  std::string arena = "auto";
+  app.add_option(
+         "--arena", arena,
+         "Memory of the weights: auto (huge pages if there are any), hugetlb, shared-huge, shared, private")
+      ->check(CLI::IsMember({"auto", "hugetlb", "shared-huge", "shared", "private"}))
+      ->envname("TANDEM_ARENA");
   app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for the TCP addresses")
       ->envname("TANDEM_TLS_CERT");
   app.add_option("--tls-key", o.tls.key_file, "PEM key of the certificate")->envname("TANDEM_TLS_KEY");
@@ -93,6 +105,7 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
   if (!list.ok()) return wrong("--cpus " + cpus + ": " + std::string(list.status().message()));
   o.cpus = *list;
   o.precision = precision == "reference" ? kernels::Precision::kReference : kernels::Precision::kFast;
+  o.arena = arenas.at(arena);
   if (o.listen.empty()) o.listen = {"127.0.0.1:10020"};
   return o;
 }

@@ -9,6 +9,7 @@
 
 #include "common/kernels/kernels.h"
 #include "common/rpc/server.h"
+#include "services/expert_cpu/shard/arena.h"
 #include "services/expert_cpu/shard/plan.h"
 
 namespace tandem::expert {
@@ -25,6 +26,7 @@ struct Options {
   kernels::Precision precision = kernels::Precision::kFast;
   int64_t max_tokens = 4096;
   int load_threads = 8;
+  ArenaKind arena = ArenaKind::kAuto;
   rpc::TlsOptions tls;
 };
 

@@ -50,8 +50,8 @@ class ShardLoader {
 
   uint64_t arena_bytes() const { return bytes_; }
 
+  // The arena must be there.
   absl::Status Read(const LoadOptions& options) {
-    TANDEM_ASSIGN_OR_RETURN(shard_.arena_, Arena::Allocate(bytes_));
     uint8_t* base = shard_.arena_.data();
     if (options.bind_memory) options.bind_memory(base, bytes_);
     for (const Placed& placed : placed_) placed.stack->data = base + placed.offset;
@@ -155,6 +155,16 @@ absl::StatusOr<std::unique_ptr<Shard>> Shard::Load(const std::string& path, cons
 
   ShardLoader loader(*file, *shard);
   TANDEM_RETURN_IF_ERROR(loader.Plan(config));
+  // Reserved huge pages do not count as available memory: try them before the numbers are looked at.
+  if (options.arena == ArenaKind::kAuto || options.arena == ArenaKind::kHugeTlb) {
+    auto reserved = Arena::Allocate(loader.arena_bytes(), ArenaKind::kHugeTlb);
+    if (!reserved.ok() && options.arena == ArenaKind::kHugeTlb) return Annotate(reserved.status(), path);
+    if (reserved.ok()) {
+      shard->arena_ = std::move(*reserved);
+      TANDEM_RETURN_IF_ERROR(loader.Read(options));
+      return shard;
+    }
+  }
   const uint64_t usable = options.usable_memory_bytes.has_value() ? *options.usable_memory_bytes
                                                                   : topology::ReadMemoryInfo().UsableBytes();
   const uint64_t needed = loader.arena_bytes() + kOverheadBytes;
@@ -165,6 +175,7 @@ absl::StatusOr<std::unique_ptr<Shard>> Shard::Load(const std::string& path, cons
                      " are available: share the experts out over more machines, or take a model with fewer "
                      "bits a weight"));
   }
+  TANDEM_ASSIGN_OR_RETURN(shard->arena_, Arena::Allocate(loader.arena_bytes(), options.arena));
   TANDEM_RETURN_IF_ERROR(loader.Read(options));
   return shard;
 }

@@ -54,7 +54,8 @@ struct LoadProgress {
 
 struct LoadOptions {
   ShardRequest request;
-  int threads = 8;                   // reading at once
+  int threads = 8;  // reading at once
+  ArenaKind arena = ArenaKind::kAuto;
   LoadProgress* progress = nullptr;  // may be null
   // What the process may take; tests set it. nullopt: as the system says.
   std::optional<uint64_t> usable_memory_bytes;
@@ -76,12 +77,14 @@ class Shard {
   const std::string& fingerprint() const { return fingerprint_; }
   uint64_t resident_bytes() const { return arena_.bytes(); }
   const uint8_t* memory() const { return arena_.data(); }  // resident_bytes() of weights
+  const Arena& arena() const { return arena_; }
   // nullptr: not a MoE layer of the model.
   const ShardLayer* FindLayer(int64_t block) const;
   std::vector<std::string> WeightTypes() const;  // each once, in the order of the file
 
  private:
   friend class ShardLoader;
+  friend class ShardGenerator;
   Shard() = default;
   ShardPlan plan_;
   std::string model_name_;

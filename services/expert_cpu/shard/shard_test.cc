@@ -1,5 +1,7 @@
 #include "services/expert_cpu/shard/shard.h"
 
+#include <sys/mman.h>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -264,6 +266,24 @@ TEST(ReaderTest, GathersColumnsAndReportsShortFiles) {
   EXPECT_THAT(Message(cut), HasSubstr(path));
   std::filesystem::remove(path);
   EXPECT_EQ(ReadPieces({path}, pieces, 3, progress).code(), absl::StatusCode::kNotFound);
+}
+
+TEST(ArenaTest, SharedMemoryCanBeMappedByOthers) {
+  auto arena = Arena::Allocate(3'000'000, ArenaKind::kSharedSmall);
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  ASSERT_GE(arena->fd(), 0);
+  arena->data()[2'999'999] = 42;
+  void* other = mmap(nullptr, arena->bytes(), PROT_READ, MAP_SHARED, arena->fd(), 0);
+  ASSERT_NE(other, MAP_FAILED);
+  EXPECT_EQ(static_cast<const uint8_t*>(other)[2'999'999], 42);
+  munmap(other, arena->bytes());
+  EXPECT_EQ(arena->Description(), "4 KB pages, shared");
+}
+
+TEST(ArenaTest, TooFewReservedPagesAreAnErrorWithTheNumbers) {
+  const auto arena = Arena::Allocate(uint64_t{1} << 45, ArenaKind::kHugeTlb);
+  EXPECT_EQ(arena.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(Message(arena.status()), HasSubstr("16777216 reserved huge pages"));
 }
 
 TEST(ArenaTest, AlignedAndMovable) {
