@@ -97,11 +97,20 @@ absl::Status CheckGpu(const ServeOptions& options) {
                                                "--gpu none serves from the CPU"));
 }
 
+// A file that is no model is not a mistake in the command line, as InvalidArgument says here.
+absl::StatusOr<OpenedModel> OpenModelOfUser(const std::string& path, const std::string& expert_groups) {
+  absl::StatusOr<OpenedModel> model = OpenModel(path, expert_groups);
+  if (expert_groups == "auto" && absl::IsInvalidArgument(model.status())) {
+    return absl::FailedPreconditionError(model.status().message());
+  }
+  return model;
+}
+
 absl::StatusOr<Prepared> Prepare(const ServeOptions& options, const std::string& runtime) {
   TANDEM_ASSIGN_OR_RETURN(const int numa, NodeCount(options));
   TANDEM_RETURN_IF_ERROR(CheckGpu(options));
   TANDEM_ASSIGN_OR_RETURN(const std::string path, ResolveModelPath(options));
-  TANDEM_ASSIGN_OR_RETURN(const OpenedModel model, OpenModel(path, options.expert_groups));
+  TANDEM_ASSIGN_OR_RETURN(const OpenedModel model, OpenModelOfUser(path, options.expert_groups));
   if (options.context > model.config.max_position_embeddings) {
     return absl::InvalidArgumentError(absl::StrCat("--ctx ", options.context, ": the model's context is ",
                                                    model.config.max_position_embeddings, " tokens"));
