@@ -59,6 +59,8 @@ until "$tandem" chat --url "http://127.0.0.1:$port" --probe; do
   sleep 0.2
 done
 
+sleep 1  # lets the server say so first
+
 question="What is 123 + 456?"
 echo
 echo "> $question"
