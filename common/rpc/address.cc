@@ -1,5 +1,6 @@
 #include "common/rpc/address.h"
 
+#include <grpc/grpc.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -72,6 +73,14 @@ absl::StatusOr<std::string> ReadPem(const std::string& file, const char* what) {
     return absl::InvalidArgumentError(absl::StrCat("TLS: ", what, " ", file, " is not in PEM form"));
   }
   return pem;
+}
+
+void KeepGrpc() {
+  static const bool done = [] {
+    grpc_init();  // without its grpc_shutdown
+    return true;
+  }();
+  (void)done;
 }
 
 }  // namespace tandem::rpc

@@ -1,4 +1,4 @@
-// Internal to common/rpc: listening and connecting addresses, and TLS files.
+// Internal to common/rpc: listening and connecting addresses, TLS files, gRPC's lifetime.
 #pragma once
 
 #include <optional>
@@ -18,5 +18,9 @@ absl::Status PrepareUnixPath(const std::string& path);
 
 // A PEM file's text. NotFound / InvalidArgument name the file and `what` it is to be.
 absl::StatusOr<std::string> ReadPem(const std::string& file, const char* what);
+
+// Keeps gRPC's own threads until the process ends. Left alone, gRPC takes itself down with its last channel
+// or server, and that waits up to ten seconds for a poller of writes that were cut off. Cheap to call again.
+void KeepGrpc();
 
 }  // namespace tandem::rpc

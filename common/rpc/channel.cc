@@ -110,6 +110,7 @@ absl::StatusOr<int> CheckHealth(grpc::GenericStub& stub, absl::Time deadline, bo
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls) {
+  KeepGrpc();
   if (const std::optional<std::string> path = UnixPath(address)) {
     if (path->empty()) return absl::InvalidArgumentError("address \"unix:\" has no path");
     grpc::ChannelArguments args = Arguments();

@@ -200,6 +200,7 @@ Server::~Server() { impl_->Stop(absl::ZeroDuration()); }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
                                                       const std::vector<grpc::Service*>& services) {
+  KeepGrpc();
   EnablePlugins();
   TANDEM_ASSIGN_OR_RETURN(auto tcp_credentials, TcpCredentials(options.tls));
   TANDEM_ASSIGN_OR_RETURN(std::vector<Listener> listeners, CheckListeners(options.listen));
