@@ -167,6 +167,21 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
   const double ceiling = MeasureCeiling(*shard, *pool);
   spdlog::info("weights can be read at {:.1f} GB/s", ceiling / 1e9);
   service.SetReady(*shard, *moe, ceiling);
+  if (options.ring) {
+    RingOptions ring;
+    ring.socket_path =
+        options.ring_socket.empty() ? RingSocketPath(server->addresses()[0]) : options.ring_socket;
+    ring.wait = shm::WaitPolicy::ForMachine(placement.threads);
+    if (options.ring_spin_us >= 0) ring.wait.spin = absl::Microseconds(options.ring_spin_us);
+    if (!placement.cpus.empty()) ring.cpu = placement.cpus[0];
+    const absl::Status enabled = service.EnableRing(ring);
+    if (!enabled.ok() && !options.ring_socket.empty()) return enabled;
+    if (enabled.ok()) {
+      spdlog::info("shared memory through {}", ring.socket_path);
+    } else {
+      spdlog::warn("no shared memory, calls over gRPC only: {}", std::string(enabled.message()));
+    }
+  }
   server->SetServing(true);
   spdlog::info("serving: {} threads{}, {}, {}", pool->threads(),
                placement.cpus.empty() ? "" : " on CPUs " + topology::FormatCpuList(placement.cpus),

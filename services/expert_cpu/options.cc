@@ -26,7 +26,7 @@ bool ParsePair(const std::string& text, char separator, int64_t& a, int64_t& b) 
 
 std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit_code) {
   Options o;
-  std::string slice, experts, cpus, precision = "fast";
+  std::string slice, experts, cpus, precision = "fast", ring = "on";
   CLI::App app("tandem-expert: holds a shard of a model's routed experts and answers batched calls over gRPC",
                "tandem-expert");
   app.set_version_flag("--version", TANDEM_VERSION);
@@ -75,6 +75,17 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
          "Memory of the weights: auto (huge pages if there are any), hugetlb, shared-huge, shared, private")
       ->check(CLI::IsMember({"auto", "hugetlb", "shared-huge", "shared", "private"}))
       ->envname("TANDEM_ARENA");
+  app.add_option("--ring", ring,
+                 "on: clients on this host may call through shared memory; off: only over gRPC")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->envname("TANDEM_RING");
+  app.add_option("--ring-socket", o.ring_socket,
+                 "Path of the Unix socket that hands the memory over; chosen from --listen if left out")
+      ->envname("TANDEM_RING_SOCKET");
+  app.add_option("--ring-spin-us", o.ring_spin_us,
+                 "Microseconds to look for the next call before sleeping; -1: by the CPUs to spare")
+      ->check(CLI::Range(int64_t{-1}, int64_t{60'000'000}))
+      ->envname("TANDEM_RING_SPIN_US");
   app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for the TCP addresses")
       ->envname("TANDEM_TLS_CERT");
   app.add_option("--tls-key", o.tls.key_file, "PEM key of the certificate")->envname("TANDEM_TLS_KEY");
@@ -106,6 +117,10 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
   o.cpus = *list;
   o.precision = precision == "reference" ? kernels::Precision::kReference : kernels::Precision::kFast;
   o.arena = arenas.at(arena);
+  o.ring = ring == "on";
+  if (!o.ring_socket.empty() && o.ring_socket[0] != '/') {
+    return wrong("--ring-socket " + o.ring_socket + " is not an absolute path");
+  }
   if (o.listen.empty()) o.listen = {"127.0.0.1:10020"};
   return o;
 }

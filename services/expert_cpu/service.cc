@@ -6,9 +6,11 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "common/base/status_macros.h"
 #include "common/rpc/channel.h"
 #include "tandem/v1/experts.grpc.pb.h"
 
@@ -80,9 +82,26 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     }
   }
 
+  absl::Status EnableRing(RingOptions options) {
+    options.max_tokens = moe_->options().max_tokens;
+    options.max_pairs = shard_->plan().n_routed_experts;
+    options.hidden_size = shard_->plan().hidden_size;
+    TANDEM_ASSIGN_OR_RETURN(
+        std::unique_ptr<RingSessions> rings,
+        RingSessions::Start(options, [this](const absl::StatusOr<Call>& call, std::span<uint8_t> answer) {
+          const absl::StatusOr<CallStatistics> done = call.ok() ? Compute(*call, answer) : call.status();
+          Count(done);
+          return done;
+        }));
+    const std::lock_guard lock(mutex_);
+    rings_ = std::move(rings);
+    return absl::OkStatus();
+  }
+
   void Stop() {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    if (rings_ != nullptr) rings_->Stop();
     for (const auto& [context, busy] : streams_) {
       if (!busy) context->TryCancel();
     }
@@ -137,6 +156,19 @@ class ExpertsService::Impl final : public v1::Experts::Service {
                     : grpc::Status::OK;
   }
 
+  grpc::Status Attach(grpc::ServerContext* context, RingSessions::Stream* stream) override {
+    RingSessions* rings = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      if (moe_ == nullptr || stopping_) return rpc::ToGrpc(NotReady());
+      rings = rings_.get();  // does not change any more
+    }
+    if (rings == nullptr) {
+      return rpc::ToGrpc(absl::FailedPreconditionError("this process has no shared-memory ring"));
+    }
+    return rings->Serve(context, stream);
+  }
+
  private:
   telemetry::Labels Node() const { return {{"numa_node", std::to_string(identity_.numa_node)}}; }
 
@@ -177,14 +209,20 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     response.set_compute_nanoseconds(static_cast<uint64_t>(s.nanoseconds));
     response.set_weight_bytes_read(s.weight_bytes_read);
     response.set_distinct_experts(static_cast<uint32_t>(s.distinct_experts));
+    Count(done);
+  }
+
+  void Count(const absl::StatusOr<CallStatistics>& done) {
     if (!done.ok()) {
       errors_.Add();
       return;
     }
+    if (done->nanoseconds == 0) return;  // an empty call
     calls_.Add();
-    seconds_.Observe(static_cast<double>(s.nanoseconds) * 1e-9);
-    bytes_read_.Add(static_cast<double>(s.weight_bytes_read));
-    ObserveBandwidth(static_cast<double>(s.weight_bytes_read), static_cast<double>(s.nanoseconds) * 1e-9);
+    const double seconds = static_cast<double>(done->nanoseconds) * 1e-9;
+    seconds_.Observe(seconds);
+    bytes_read_.Add(static_cast<double>(done->weight_bytes_read));
+    ObserveBandwidth(static_cast<double>(done->weight_bytes_read), seconds);
   }
 
   // Over about the last hundred calls.
@@ -204,7 +242,12 @@ class ExpertsService::Impl final : public v1::Experts::Service {
                                                      moe_->options().max_tokens, " can be in a call"));
     }
     answer.resize(moe_->AnswerBytes(call->n_tokens, call->answer_type));
-    return moe_->Forward(*call, {reinterpret_cast<uint8_t*>(answer.data()), answer.size()});
+    return Compute(*call, {reinterpret_cast<uint8_t*>(answer.data()), answer.size()});
+  }
+
+  absl::StatusOr<CallStatistics> Compute(const Call& call, std::span<uint8_t> answer) {
+    if (call.n_tokens == 0) return CallStatistics{};
+    return moe_->Forward(call, answer);
   }
 
   const LoadProgress& progress_;
@@ -234,6 +277,7 @@ class ExpertsService::Impl final : public v1::Experts::Service {
   double recent_seconds_ = 0;
   bool stopping_ = false;
   std::map<grpc::ServerContext*, bool> streams_;  // open ones, and whether they work
+  std::unique_ptr<RingSessions> rings_;           // set once
 };
 
 ExpertsService::ExpertsService(telemetry::Metrics& metrics, const LoadProgress& progress,
@@ -244,6 +288,7 @@ grpc::Service* ExpertsService::service() { return impl_.get(); }
 void ExpertsService::SetReady(const Shard& shard, Moe& moe, double read_ceiling) {
   impl_->SetReady(shard, moe, read_ceiling);
 }
+absl::Status ExpertsService::EnableRing(RingOptions options) { return impl_->EnableRing(std::move(options)); }
 void ExpertsService::Stop() { impl_->Stop(); }
 
 }  // namespace tandem::expert

@@ -1,4 +1,5 @@
-// tandem.v1.Experts over gRPC: what is held, and the in-band path of calls. No gRPC types here.
+// tandem.v1.Experts over gRPC: what is held, the in-band path of calls, and sessions through shared memory.
+// No gRPC types here.
 #pragma once
 
 #include <memory>
@@ -7,6 +8,7 @@
 #include "absl/status/status.h"
 #include "common/telemetry/metrics.h"
 #include "services/expert_cpu/moe/moe.h"
+#include "services/expert_cpu/ring/ring_sessions.h"
 #include "services/expert_cpu/shard/shard.h"
 
 namespace grpc {
@@ -34,6 +36,8 @@ class ExpertsService {
   // `read_ceiling` is what the pool's threads can read of the shard's memory, bytes a second; 0: not
   // measured.
   void SetReady(const Shard& shard, Moe& moe, double read_ceiling);
+  // After SetReady: Attach is answered from now on. The limits of `options` are filled in from the shard.
+  absl::Status EnableRing(RingOptions options);
   // No call begins any more: idle streams end at once, busy ones with the answer that is being made. All end
   // with UNAVAILABLE.
   void Stop();

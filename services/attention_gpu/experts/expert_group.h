@@ -29,7 +29,8 @@ struct ExpertCall {
 class ExpertGroup {
  public:
   virtual ~ExpertGroup() = default;
-  // Sends the call; what it points to must stay until Finish returns.
+  // Sends the call; what it points to must stay until Finish returns. A call without tokens is answered at
+  // once.
   virtual absl::Status Start(const ExpertCall& call) = 0;
   // Waits for all answers and writes their sum, rounded to float32 once, to out: [n_tokens, hidden].
   // Unavailable / DeadlineExceeded: a process is gone or too slow; the group needs Recover before the next
@@ -39,19 +40,29 @@ class ExpertGroup {
   virtual int processes() const = 0;
 };
 
-struct GrpcExpertOptions {
+// How calls go to a process.
+enum class ExpertTransport {
+  kAuto,  // through shared memory if the process is on this host and has it, else in-band
+  kRing,  // through shared memory, or not at all
+  kGrpc,  // in-band over gRPC (Experts.Forward)
+};
+
+struct ExpertOptions {
   std::vector<std::string> addresses;
   rpc::TlsOptions tls;
   bool reference_precision = false;  // what the processes must run with
   absl::Duration call_timeout = absl::Seconds(60);
   absl::Duration attach_patience = absl::Minutes(30);  // loading a large shard takes its time
+  ExpertTransport transport = ExpertTransport::kAuto;
+  int64_t max_call_tokens = 0;  // of the calls to come: sizes the shared memory; 0: what the processes take
+  absl::Duration spin;          // how long a wait for an answer in shared memory looks before it sleeps
 };
 
-// In-band over gRPC streams (Experts.Forward). Connects, waits until all serve, and checks that they hold the
-// same model and that their shards together cover every expert of every MoE layer exactly once
-// (FailedPrecondition says what is missing or doubled).
-absl::StatusOr<std::unique_ptr<ExpertGroup>> ConnectGrpcExperts(const GrpcExpertOptions& options,
-                                                                const model::ModelConfig& config,
-                                                                const std::string& model_fingerprint);
+// Connects, waits until all serve, and checks that they hold the same model and that their shards together
+// cover every expert of every MoE layer exactly once (FailedPrecondition says what is missing or doubled).
+// Says on the log how each is called. All transports give the same bits.
+absl::StatusOr<std::unique_ptr<ExpertGroup>> ConnectExperts(const ExpertOptions& options,
+                                                            const model::ModelConfig& config,
+                                                            const std::string& model_fingerprint);
 
 }  // namespace tandem::attention

@@ -13,6 +13,8 @@
 #include "common/base/status_macros.h"
 #include "common/kernels/kernels.h"
 #include "common/model/config.h"
+#include "common/model/tensors.h"
+#include "common/shm/flag.h"
 #include "common/telemetry/log.h"
 #include "common/telemetry/metrics.h"
 #include "common/topology/cpu_list.h"
@@ -68,6 +70,10 @@ absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c)
   return s;
 }
 
+int32_t MaxStepTokens(const Options& o) {
+  return std::max(o.chunk_size, o.mixed_chunk_size + o.max_batch_size);
+}
+
 class EngineMetrics {
  public:
   explicit EngineMetrics(telemetry::Metrics& m)
@@ -115,6 +121,8 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   spdlog::info("model {}: {} layers ({} dense), hidden {}, {} experts, top {}, groups {}/{} ({})", c.name,
                c.num_hidden_layers, c.first_k_dense_replace, c.hidden_size, c.n_routed_experts,
                c.num_experts_per_tok, c.n_group, c.topk_group, c.expert_groups_source);
+  // What is wrong with the file is said now, not after the experts have been waited for.
+  TANDEM_RETURN_IF_ERROR(model::BindTensors(*out.file, c).status());
   TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
 
   const bool reference = o.precision == "reference";
@@ -127,13 +135,20 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     }
     service.SetProgress(absl::StrCat("waiting for ", o.experts.size(), " expert process(es)"));
     spdlog::info("waiting for {} expert process(es)", o.experts.size());
-    GrpcExpertOptions g;
+    ExpertOptions g;
     g.addresses = o.experts;
     g.tls = o.tls;
     g.reference_precision = reference;
     g.call_timeout = absl::Seconds(o.expert_timeout);
     g.attach_patience = absl::Seconds(o.attach_patience);
-    TANDEM_ASSIGN_OR_RETURN(experts, ConnectGrpcExperts(g, c, out.file->Fingerprint()));
+    g.transport = o.expert_transport == "ring"   ? ExpertTransport::kRing
+                  : o.expert_transport == "grpc" ? ExpertTransport::kGrpc
+                                                 : ExpertTransport::kAuto;
+    g.max_call_tokens = MaxStepTokens(o);
+    const int busy_threads = o.threads > 0 ? o.threads : shm::AllowedCpus();
+    g.spin = o.expert_spin_us >= 0 ? absl::Microseconds(o.expert_spin_us)
+                                   : shm::WaitPolicy::ForMachine(busy_threads).spin;
+    TANDEM_ASSIGN_OR_RETURN(experts, ConnectExperts(g, c, out.file->Fingerprint()));
     out.info.expert_processes = experts->processes();
   }
 
@@ -150,7 +165,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   }
   b.page_tokens = kPageTokens;
   b.page_count = sizes.pages;
-  b.max_step_tokens = std::max(o.chunk_size, o.mixed_chunk_size + o.max_batch_size);
+  b.max_step_tokens = MaxStepTokens(o);
   TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                           CreateCpuBackend(*out.file, c, b, std::move(experts)));
 

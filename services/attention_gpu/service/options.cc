@@ -33,6 +33,14 @@ ParsedOptions ParseOptions(int argc, char** argv) {
   app.add_option("--metrics-listen", o.metrics_listen, "host:port of /metrics; empty: none")
       ->capture_default_str();
   app.add_option("--expert", o.experts, "address of an expert process; repeatable");
+  app.add_option("--expert-transport", o.expert_transport,
+                 "calls through shared memory (ring), over gRPC, or auto: ring where it is on this host")
+      ->check(CLI::IsMember({"auto", "ring", "grpc"}))
+      ->capture_default_str();
+  app.add_option(
+         "--expert-spin-us", o.expert_spin_us,
+         "microseconds to look for an answer in shared memory before sleeping; -1: by the CPUs to spare")
+      ->check(CLI::Range(int64_t{-1}, int64_t{60'000'000}));
   app.add_option("--expert-groups", o.expert_groups, "group-limited routing: auto, off or N/M")
       ->capture_default_str();
   app.add_option("--precision", o.precision, "fast or reference")

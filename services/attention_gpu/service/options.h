@@ -15,6 +15,8 @@ struct Options {
   std::vector<std::string> listen = {"127.0.0.1:10010"};
   std::string metrics_listen = "127.0.0.1:10011";  // empty: none
   std::vector<std::string> experts;
+  std::string expert_transport = "auto";  // or ring, grpc
+  int64_t expert_spin_us = -1;            // -1: by the CPUs to spare
   std::string expert_groups = "auto";
   std::string precision = "fast";
   std::string cpus;       // list such as 0-7,16; empty: not pinned

@@ -1,0 +1,118 @@
+#include "common/shm/flag.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <thread>
+
+namespace tandem::shm {
+namespace {
+
+constexpr int kPausesPerLook = 32;  // between two looks at the clock
+constexpr int kVainSpins = 4;
+// Even where Wake is lost, and where a hostile peer has overwritten the number that it came with.
+constexpr int64_t kLongestSleep = 100'000'000;
+
+int64_t Now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * int64_t{1'000'000'000} + t.tv_nsec;
+}
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Not the private kind: the waker is another process, with another address.
+void FutexWait(std::atomic<uint32_t>& word, uint32_t expected, int64_t nanoseconds) {
+  const timespec relative{nanoseconds / 1'000'000'000, nanoseconds % 1'000'000'000};
+  syscall(SYS_futex, &word, FUTEX_WAIT, expected, &relative, nullptr, 0);
+}
+
+void FutexWake(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+void Signal(Flag& flag, uint32_t sequence) {
+  // Both sequentially consistent, here and in Sleep: of "number written, then sleeper looked for" and
+  // "sleeper announced, then number looked for" at least one sees the other.
+  flag.sequence.store(sequence, std::memory_order_seq_cst);
+  if (flag.sleeping.load(std::memory_order_seq_cst) != 0) FutexWake(flag.sequence);
+}
+
+void Wake(Flag& flag) { FutexWake(flag.sequence); }
+
+int AllowedCpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+WaitPolicy WaitPolicy::ForMachine(int busy_threads) {
+  const bool to_spare = AllowedCpus() > busy_threads;
+  return {to_spare ? absl::Microseconds(200) : absl::Microseconds(5)};
+}
+
+WaitResult Waiter::Wait(Flag& flag, uint32_t last, absl::Duration most, const std::atomic<bool>& stop) {
+  const auto signalled = [&] { return flag.sequence.load(std::memory_order_acquire) != last; };
+  if (signalled()) return WaitResult::kSignalled;
+  const int64_t wait = std::min(absl::ToInt64Nanoseconds(most), INT64_MAX / 4);
+  if (wait <= 0) return WaitResult::kTimeout;
+  const int64_t begin = Now();
+  const int64_t end = begin + wait;
+  const int64_t spin_end = vain_ < kVainSpins ? std::min(end, begin + spin_nanoseconds_) : begin;
+  while (Now() < spin_end) {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (signalled()) {
+        vain_ = 0;
+        return WaitResult::kSignalled;
+      }
+      Pause();
+    }
+    if (stop.load(std::memory_order_acquire)) return WaitResult::kStopped;
+  }
+  const WaitResult result = Sleep(flag, last, end, stop);
+  if (Now() - begin <= 2 * spin_nanoseconds_) {
+    vain_ = 0;
+  } else if (vain_ < kVainSpins) {
+    ++vain_;
+  }
+  return result;
+}
+
+WaitResult Waiter::Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop) {
+  WaitResult result = WaitResult::kTimeout;
+  flag.sleeping.store(1, std::memory_order_seq_cst);
+  for (;;) {
+    if (flag.sequence.load(std::memory_order_seq_cst) != last) {
+      result = WaitResult::kSignalled;
+      break;
+    }
+    if (stop.load(std::memory_order_seq_cst)) {
+      result = WaitResult::kStopped;
+      break;
+    }
+    const int64_t left = end - Now();
+    if (left <= 0) break;
+    ++sleeps_;
+    // The peer may have cleared `sleeping`; set again for each sleep.
+    flag.sleeping.store(1, std::memory_order_seq_cst);
+    FutexWait(flag.sequence, last, std::min(left, kLongestSleep));
+  }
+  flag.sleeping.store(0, std::memory_order_relaxed);
+  return result;
+}
+
+}  // namespace tandem::shm

@@ -1,0 +1,63 @@
+// Sequence numbers in shared memory that one process raises and another waits for.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "absl/time/time.h"
+
+namespace tandem::shm {
+
+// Lies in shared memory, alone in its cache lines (two, since the hardware fetches neighbours). One side
+// signals, one thread of the other side waits. `sequence` is the futex word, and what a GPU's 32-bit stream
+// memory operations write and wait for: it takes the low half of a 64-bit sequence number. Neither field is
+// trusted: a peer that writes nonsense only harms its own waiting.
+struct alignas(128) Flag {
+  std::atomic<uint32_t> sequence;
+  std::atomic<uint32_t> sleeping;  // not 0: the waiter sleeps, or is about to; signalling takes a system call
+};
+static_assert(sizeof(Flag) == 128 && std::atomic<uint32_t>::is_always_lock_free);
+static_assert(std::is_standard_layout_v<Flag>);
+
+// What was written before is visible to who sees the number.
+void Signal(Flag& flag, uint32_t sequence);
+// Wakes the waiter without a new number, so that it looks at its `stop`.
+void Wake(Flag& flag);
+
+// The CPUs that this thread may run on.
+int AllowedCpus();
+
+struct WaitPolicy {
+  // How long a waiter looks at the flag before it sleeps.
+  absl::Duration spin = absl::ZeroDuration();
+
+  // For a process whose own work keeps `busy_threads` busy: on a machine with CPUs to spare a waiter may spin
+  // long; where there are none it would take the time that the one it waits for needs.
+  static WaitPolicy ForMachine(int busy_threads);
+};
+
+enum class WaitResult { kSignalled, kTimeout, kStopped };
+
+// The waiting side's memory of how well spinning went: after a few waits that were much longer than the spin
+// it sleeps at once, until a wait was short again. Not thread-safe.
+class Waiter {
+ public:
+  explicit Waiter(WaitPolicy policy) : spin_nanoseconds_(absl::ToInt64Nanoseconds(policy.spin)) {}
+
+  // Until flag.sequence is not `last` any more, or `most` has passed, or stop is true and Wake was
+  // called (at the latest a tenth of a second after *stop became true). With a `most` of zero it only looks.
+  WaitResult Wait(Flag& flag, uint32_t last, absl::Duration most, const std::atomic<bool>& stop);
+
+  // System calls made to sleep: 0 as long as all waits ended while spinning.
+  uint64_t sleeps() const { return sleeps_; }
+
+ private:
+  WaitResult Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
+
+  int64_t spin_nanoseconds_;
+  int vain_ = 0;  // waits in a row that spinning did not shorten
+  uint64_t sleeps_ = 0;
+};
+
+}  // namespace tandem::shm
