@@ -2,7 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "common/gguf/gguf.h"
+#include "tests/integration/bad_models.h"
 #include "tests/integration/stack.h"
 
 namespace tandem::integration {
@@ -88,20 +88,11 @@ TEST(PairingTest, AnotherModelIsRefused) {
   // The same weights under another name are another model.
   const TempFolder folder;
   const std::string other = folder / "other.gguf";
-  auto file = gguf::File::Open(DemoModel());
-  ASSERT_TRUE(file.ok()) << file.status();
-  gguf::Writer writer;
-  for (const auto& [key, value] : (*file)->metadata()) writer.AddValue(key, value);
-  writer.AddString("general.name", "Other");
-  for (const gguf::Tensor& t : (*file)->tensors()) {
-    const std::vector<int64_t> ne(t.ne, t.ne + t.n_dims);
-    ASSERT_TRUE(writer.AddTensor(t.name, t.type, ne, {t.data, static_cast<size_t>(t.nbytes)}).ok());
-  }
-  ASSERT_TRUE(writer.WriteFile(other).ok());
+  WriteRenamedModel(other);
   StackOptions options;
   options.expert_model = other;
   const Refusal refusal(options);
-  refusal.Expect({refusal.expert_address(), "holds another model (Other", (*file)->Fingerprint()});
+  refusal.Expect({refusal.expert_address(), "holds another model (Other"});
 }
 
 TEST(PairingTest, MissingAndDoubledExpertsAreNamed) {

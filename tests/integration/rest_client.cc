@@ -135,13 +135,14 @@ Answer RestClient::Stream(Json request, const OnEvent& on_event) const {
   return answer;
 }
 
-double RestClient::Metric(const std::string& name) const {
+double RestClient::Metric(const std::string& name, const std::string& label) const {
   std::istringstream lines(Get("/metrics").text);
   double sum = 0;
   bool found = false;
   for (std::string line; std::getline(lines, line);) {
     if (line.rfind(name, 0) != 0 || line.size() <= name.size()) continue;
     if (line[name.size()] != ' ' && line[name.size()] != '{') continue;
+    if (line.find(label) == std::string::npos) continue;
     sum += std::atof(line.c_str() + line.rfind(' ') + 1);
     found = true;
   }

@@ -49,8 +49,8 @@ class RestClient {
   // `request` goes to /v1/chat/completions if it has messages, else to /v1/completions.
   Answer Ask(const Json& request) const;
   Answer Stream(Json request, const OnEvent& on_event = nullptr) const;
-  // Sum of a metric's samples at /metrics, all labels; -1 if there is none.
-  double Metric(const std::string& name) const;
+  // Sum of a metric's samples at /metrics whose labels contain `label`; -1 if there is none.
+  double Metric(const std::string& name, const std::string& label = "") const;
 
  private:
   cli::Url url_;
