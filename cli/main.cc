@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "cli/bench/bench.h"
 #include "cli/chat/options.h"
 #include "cli/doctor/doctor.h"
 #include "cli/flags/command_line.h"
@@ -17,11 +18,13 @@ int main(int argc, char** argv) {
   InspectOptions inspect;
   DoctorOptions doctor;
   SynthOptions synth;
+  BenchOptions bench;
   AddServeFlags(line.Add("serve", "Start the server: all processes of this machine"), &serve);
   AddChatFlags(line.Add("chat", "Talk to a running server, or start one"), &chat);
   AddInspectFlags(line.Add("inspect", "Show a model file: metadata, tensors, memory plan"), &inspect);
   AddDoctorFlags(line.Add("doctor", "Check this machine: what is fine, what to change"), &doctor);
   AddSynthFlags(line.Add("synth", "Write a model with random weights, for measurements"), &synth);
+  AddBenchFlags(line.Add("bench", "Measure this machine: roofline, moe, roundtrip, load"), &bench);
   const std::optional<int> code = line.Parse({argv + 1, argv + argc}, &std::getenv, std::cout, std::cerr);
   if (code) return *code;
   for (const std::string& flag : line.ignored()) {
@@ -31,5 +34,6 @@ int main(int argc, char** argv) {
   if (line.command() == "chat") return RunChat(chat);
   if (line.command() == "inspect") return RunInspect(inspect, std::cout, std::cerr);
   if (line.command() == "synth") return RunSynth(synth, std::cout, std::cerr);
+  if (line.command() == "bench") return RunBench(bench, std::cout, std::cerr);
   return RunDoctor(doctor, std::cout);
 }
