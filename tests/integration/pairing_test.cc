@@ -18,18 +18,28 @@ Json LogprobRequest() {
 }
 
 TEST(PairingTest, TwoExpertProcessesAnswerAsOne) {
+  struct Arrangement {
+    std::vector<std::vector<std::string>> experts;
+    std::string transport;
+  };
+  const std::vector<Arrangement> arrangements = {
+      {{{}}, "ring"},
+      {{{}}, "grpc"},
+      {{{"--experts", "0-8"}, {"--experts", "8-16"}}, "ring"},
+      {{{"--experts", "5-16"}, {"--experts", "0-5"}}, "grpc"},
+      {{{"--experts", "0-1", "--ring", "off"}, {"--experts", "1-16"}}, "auto"},
+  };
   std::vector<Answer> answers;
-  const std::vector<std::vector<std::vector<std::string>>> shardings = {
-      {{}}, {{"--experts", "0-8"}, {"--experts", "8-16"}}, {{"--experts", "5-16"}, {"--experts", "0-5"}}};
-  for (const auto& experts : shardings) {
+  for (const Arrangement& arrangement : arrangements) {
     StackOptions options;
-    options.experts = experts;
+    options.experts = arrangement.experts;
+    options.attention = {"--expert-transport", arrangement.transport};
     Stack stack(options);
     ASSERT_TRUE(stack.WaitReady());
     answers.push_back(stack.rest().Ask(LogprobRequest()));
     ASSERT_TRUE(answers.back().ok()) << answers.back().ToString() << stack.Logs();
     ASSERT_GT(answers.back().logprobs.size(), 50u);
-    for (size_t i = 0; i < experts.size(); ++i) {
+    for (size_t i = 0; i < arrangement.experts.size(); ++i) {
       EXPECT_GT(stack.expert_metrics(i).Metric("tandem_expert_calls_total"), 0) << "process " << i;
     }
   }
