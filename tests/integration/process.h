@@ -36,7 +36,7 @@ class TempFolder {
 };
 
 // A child process whose standard output and error are kept. Killed, if it still runs, when the object goes,
-// and by the system should the test itself die. TANDEM_* variables of the environment are not handed on.
+// and by the system when the thread that made it ends. TANDEM_* variables of the environment are not handed on.
 // The methods may be called from any thread.
 class Process {
  public:
