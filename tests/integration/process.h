@@ -36,8 +36,8 @@ class TempFolder {
 };
 
 // A child process whose standard output and error are kept. Killed, if it still runs, when the object goes,
-// and by the system when the thread that made it ends. TANDEM_* variables of the environment are not handed on.
-// The methods may be called from any thread.
+// and by the system when the thread that made it ends. TANDEM_* variables of the environment are not handed
+// on. The methods may be called from any thread.
 class Process {
  public:
   // `program`: a path, or a name as in BinaryPath.
