@@ -47,7 +47,7 @@ class HttpServerTest : public ::testing::Test {
       threads_.emplace_back([this, responder = std::move(responder)]() mutable {
         responder.OnDisconnect([this] { ++disconnects_; });
         responder.StartStream(200, "text/plain");
-        const std::string block(16 << 10, 's');
+        const std::string block(64 << 10, 's');
         while (!stop_.load() && responder.Write(block)) {
           max_unsent_ = std::max(max_unsent_, responder.unsent_bytes());
           std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -79,7 +79,7 @@ class HttpServerTest : public ::testing::Test {
     ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(10), [this] { return held_.has_value(); }));
   }
   bool WaitDisconnects(int count) {
-    for (int i = 0; i < 5000 && disconnects_ < count; ++i) {
+    for (int i = 0; i < 30000 && disconnects_ < count; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     return disconnects_ == count;

@@ -74,7 +74,7 @@ std::vector<v1::GenerateRequest> FakeEngine::requests() const {
 }
 
 bool FakeEngine::WaitCancelled(int count) const {
-  for (int i = 0; i < 5000 && cancelled() < count; ++i)
+  for (int i = 0; i < 30000 && cancelled() < count; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   return cancelled() >= count;
 }

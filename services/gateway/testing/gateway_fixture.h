@@ -46,7 +46,7 @@ class GatewayFixture : public ::testing::Test {
     }
   }
   bool WaitReady(bool ready = true) {
-    for (int i = 0; i < 5000 && gateway_->ready() != ready; ++i) {
+    for (int i = 0; i < 30000 && gateway_->ready() != ready; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     return gateway_->ready() == ready;
