@@ -19,7 +19,6 @@ CallHost::CallHost(std::span<uint8_t> region, const RegionLayout& layout, const 
   }
   const RegionHeader header = layout.Header(session);
   std::memcpy(region.data(), &header, sizeof header);
-  std::atomic_thread_fence(std::memory_order_release);
 }
 
 absl::Status CallHost::Next(absl::Duration most, IncomingCall* call) {

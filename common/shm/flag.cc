@@ -13,8 +13,10 @@
 namespace tandem::shm {
 namespace {
 
-constexpr int kPausesPerLook = 32;  // between two looks at the clock
-constexpr int kVainSpins = 4;
+constexpr int kPausesPerLook = 32;   // between two looks at the clock
+constexpr int kLongestPause = 1024;  // waits without spinning
+// Longer between two looks at the clock: somebody else had this CPU, possibly the one that is waited for.
+constexpr int64_t kPreempted = 50'000;
 // Even where Wake is lost, and where a hostile peer has overwritten the number that it came with.
 constexpr int64_t kLongestSleep = 100'000'000;
 
@@ -61,8 +63,11 @@ int AllowedCpus() {
 }
 
 WaitPolicy WaitPolicy::ForMachine(int busy_threads) {
+  // Measured on two crowded CPUs, both sides alike: an empty round trip takes 0.4 us while both spin on CPUs
+  // of their own, 5 us with two sleeps and wake-ups, and the spin on top of that where both sides have to
+  // share.
   const bool to_spare = AllowedCpus() > busy_threads;
-  return {to_spare ? absl::Microseconds(200) : absl::Microseconds(5)};
+  return {to_spare ? absl::Microseconds(200) : absl::ZeroDuration()};
 }
 
 WaitResult Waiter::Wait(Flag& flag, uint32_t last, absl::Duration most, const std::atomic<bool>& stop) {
@@ -72,24 +77,28 @@ WaitResult Waiter::Wait(Flag& flag, uint32_t last, absl::Duration most, const st
   if (wait <= 0) return WaitResult::kTimeout;
   const int64_t begin = Now();
   const int64_t end = begin + wait;
-  const int64_t spin_end = vain_ < kVainSpins ? std::min(end, begin + spin_nanoseconds_) : begin;
-  while (Now() < spin_end) {
+  if (pause_ > 0) {
+    --pause_;
+    return Sleep(flag, last, end, stop);
+  }
+  const int64_t spin_end = std::min(end, begin + spin_nanoseconds_);
+  for (int64_t looked = begin; looked < spin_end;) {
     for (int i = 0; i < kPausesPerLook; ++i) {
-      if (signalled()) {
-        vain_ = 0;
-        return WaitResult::kSignalled;
+      if (!signalled()) {
+        Pause();
+        continue;
       }
-      Pause();
+      if (Now() - looked > kPreempted) break;
+      last_pause_ = 0;
+      return WaitResult::kSignalled;
     }
     if (stop.load(std::memory_order_acquire)) return WaitResult::kStopped;
+    const int64_t now = Now();
+    if (now - looked > kPreempted) break;
+    looked = now;
   }
-  const WaitResult result = Sleep(flag, last, end, stop);
-  if (Now() - begin <= 2 * spin_nanoseconds_) {
-    vain_ = 0;
-  } else if (vain_ < kVainSpins) {
-    ++vain_;
-  }
-  return result;
+  last_pause_ = pause_ = std::clamp(2 * last_pause_, 1, kLongestPause);
+  return Sleep(flag, last, end, stop);
 }
 
 WaitResult Waiter::Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop) {

@@ -39,8 +39,10 @@ struct WaitPolicy {
 
 enum class WaitResult { kSignalled, kTimeout, kStopped };
 
-// The waiting side's memory of how well spinning went: after a few waits that were much longer than the spin
-// it sleeps at once, until a wait was short again. Not thread-safe.
+// The waiting side's memory of how well spinning went: after each spin that was in vain it sleeps at once for
+// the next few waits, for twice as many as the time before, until a spin succeeds. A spin during which the
+// system gave the CPU to another thread ends there and counts as vain: two sides that share a CPU soon stop
+// spinning against each other. Not thread-safe.
 class Waiter {
  public:
   explicit Waiter(WaitPolicy policy) : spin_nanoseconds_(absl::ToInt64Nanoseconds(policy.spin)) {}
@@ -56,7 +58,8 @@ class Waiter {
   WaitResult Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
 
   int64_t spin_nanoseconds_;
-  int vain_ = 0;  // waits in a row that spinning did not shorten
+  int pause_ = 0;  // waits to come that do not spin
+  int last_pause_ = 0;
   uint64_t sleeps_ = 0;
 };
 

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <new>
 #include <thread>
 
@@ -54,23 +55,28 @@ TEST_F(FlagTest, TwoProcessesWakeEachOtherOutOfTheirSleep) {
   EXPECT_GT(waiter.sleeps(), 0u);
 }
 
+// Where the system takes the CPU away in between, a waiter sleeps; so one undisturbed run of many is asked
+// for.
 TEST_F(FlagTest, NoSystemCallWhileSpinningIsEnough) {
-  std::atomic<bool> stop{false};
-  std::thread peer([&] {
-    Waiter waiter({absl::Seconds(20)});
-    for (uint32_t i = 0; i < 200; ++i) {
-      ASSERT_EQ(waiter.Wait(*there_, i, absl::Seconds(20), kNever), WaitResult::kSignalled);
-      Signal(*back_, i + 1);
+  uint64_t least = UINT64_MAX;
+  for (int run = 0; run < 200 && least > 0; ++run) {
+    there_->sequence = 0;
+    back_->sequence = 0;
+    Waiter here({absl::Seconds(20)}), over_there({absl::Seconds(20)});
+    std::thread peer([&] {
+      for (uint32_t i = 0; i < 50; ++i) {
+        ASSERT_EQ(over_there.Wait(*there_, i, absl::Seconds(20), kNever), WaitResult::kSignalled);
+        Signal(*back_, i + 1);
+      }
+    });
+    for (uint32_t i = 0; i < 50; ++i) {
+      Signal(*there_, i + 1);
+      ASSERT_EQ(here.Wait(*back_, i, absl::Seconds(20), kNever), WaitResult::kSignalled);
     }
-    EXPECT_EQ(waiter.sleeps(), 0u);
-  });
-  Waiter waiter({absl::Seconds(20)});
-  for (uint32_t i = 0; i < 200; ++i) {
-    Signal(*there_, i + 1);
-    ASSERT_EQ(waiter.Wait(*back_, i, absl::Seconds(20), kNever), WaitResult::kSignalled);
+    peer.join();
+    least = std::min(least, here.sleeps() + over_there.sleeps());
   }
-  peer.join();
-  EXPECT_EQ(waiter.sleeps(), 0u);
+  EXPECT_EQ(least, 0u);
 }
 
 TEST_F(FlagTest, TimesOutAndOnlyLooksWithoutTime) {
@@ -109,14 +115,14 @@ TEST_F(FlagTest, LostWakeUpIsNotForEver) {
 }
 
 TEST_F(FlagTest, GivesUpSpinningWhenItIsInVain) {
-  Waiter waiter({absl::Milliseconds(20)});
-  for (int i = 0; i < 4; ++i) waiter.Wait(*there_, 0, absl::Milliseconds(60), kNever);
+  Waiter waiter({absl::Milliseconds(10)});
+  for (int i = 0; i < 20; ++i) waiter.Wait(*there_, 0, absl::Milliseconds(12), kNever);
   rusage before{}, after{};
   getrusage(RUSAGE_THREAD, &before);
-  for (int i = 0; i < 5; ++i) waiter.Wait(*there_, 0, absl::Milliseconds(60), kNever);
+  for (int i = 0; i < 10; ++i) waiter.Wait(*there_, 0, absl::Milliseconds(12), kNever);
   getrusage(RUSAGE_THREAD, &after);
   const auto us = [](const timeval& t) { return t.tv_sec * 1'000'000 + t.tv_usec; };
-  EXPECT_LT(us(after.ru_utime) + us(after.ru_stime) - us(before.ru_utime) - us(before.ru_stime), 20'000);
+  EXPECT_LT(us(after.ru_utime) + us(after.ru_stime) - us(before.ru_utime) - us(before.ru_stime), 9'000);
 }
 
 TEST(WaitPolicyTest, SpinsLongOnlyWithCpusToSpare) {

@@ -21,8 +21,8 @@ struct ShardExtent {
 // are missing or held twice, and by whom.
 absl::Status CheckShardCover(const std::vector<ShardExtent>& shards, const model::ModelConfig& config);
 
-// Activations travel as bfloat16 where the experts quantize them to 8 bits anyway, and as float32 where a weight
-// type is a float type: there the rounding would be the largest error of all.
+// Activations travel as bfloat16 where the experts quantize them to 8 bits anyway, and as float32 where a
+// weight type is a float type: there the rounding would be the largest error of all.
 bool NeedsFloatActivations(const std::vector<std::string>& weight_types);
 
 }  // namespace tandem::attention
