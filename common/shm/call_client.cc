@@ -38,7 +38,7 @@ CallClient::CallClient(std::span<uint8_t> region, const RegionLayout& layout, co
 absl::StatusOr<OutgoingCall> CallClient::Prepare(uint32_t layer, uint32_t rows, uint32_t pairs,
                                                  ValueType input, ValueType output) {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!aborted_.ok()) return aborted_;
   }
   const RegionShape& shape = layout_.shape();
@@ -64,7 +64,7 @@ absl::StatusOr<OutgoingCall> CallClient::Prepare(uint32_t layer, uint32_t rows, 
 
 absl::Status CallClient::Ring() {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!aborted_.ok()) return aborted_;
     ++sequence_;
     in_flight_ = true;
@@ -83,11 +83,11 @@ absl::StatusOr<CallAnswer> CallClient::Await(absl::Time deadline) {
     if (left <= absl::ZeroDuration()) Abort(absl::DeadlineExceededError("no answer in time"));
     const absl::Duration most = std::clamp(left, absl::ZeroDuration(), absl::Milliseconds(100));
     if (waiter_.Wait(control.answered, before, most, never_) == WaitResult::kSignalled) break;
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (call_aborted_) break;
   }
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     in_flight_ = false;
     if (call_aborted_) return aborted_;
   }
@@ -121,7 +121,7 @@ absl::StatusOr<CallAnswer> CallClient::ReadAnswer(SlotControl& control) {
 }
 
 void CallClient::Abort(const absl::Status& reason) {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (aborted_.ok()) aborted_ = reason;
   if (!in_flight_ || call_aborted_) return;
   SlotControl& control = Control(sequence_);

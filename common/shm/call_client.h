@@ -3,13 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <span>
 #include <string>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "common/shm/call_region.h"
 #include "common/shm/flag.h"
@@ -71,10 +70,10 @@ class CallClient {
   uint32_t rows_ = 0;
   ValueType output_ = ValueType::kF32;
 
-  absl::Mutex mutex_;
-  absl::Status aborted_ ABSL_GUARDED_BY(mutex_);
-  bool in_flight_ ABSL_GUARDED_BY(mutex_) = false;     // between Ring and the end of Await
-  bool call_aborted_ ABSL_GUARDED_BY(mutex_) = false;  // Abort ended the call, not its answer
+  std::mutex mutex_;  // for the three below
+  absl::Status aborted_;
+  bool in_flight_ = false;     // between Ring and the end of Await
+  bool call_aborted_ = false;  // Abort ended the call, not its answer
 };
 
 }  // namespace tandem::shm
