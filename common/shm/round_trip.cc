@@ -83,6 +83,8 @@ absl::StatusOr<RoundTrip> MeasureRing(const RingMeasurement& how) {
   const pid_t child = fork();
   if (child < 0) return absl::InternalError(absl::StrCat("fork: ", std::strerror(errno)));
   if (child == 0) Serve(host, how.host_cpu);
+  cpu_set_t before;
+  const bool restore = how.client_cpu >= 0 && sched_getaffinity(0, sizeof before, &before) == 0;
   Pin(how.client_cpu);
   CallClient client(memory.data(), layout, session, how.wait);
   const auto call = [&]() -> absl::Status {
@@ -96,6 +98,7 @@ absl::StatusOr<RoundTrip> MeasureRing(const RingMeasurement& how) {
     return answer.status;
   };
   const absl::StatusOr<RoundTrip> out = MeasureRoundTrips(how.warm_up, how.calls, how.most, call);
+  if (restore) sched_setaffinity(0, sizeof before, &before);
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
   return out;
