@@ -186,9 +186,11 @@ class Scheduler::Loop {
     }
   }
 
+  // After the sequence has left its list, so that nobody sees it gone and still running.
   void Ended() {
     absl::MutexLock lock(&mutex_);
     --live_;
+    snapshot_.running = static_cast<int32_t>(running_.size());
   }
 
   // Makes sure that `s` has pages for its first `tokens` tokens; sequences that came later give theirs up.
