@@ -155,7 +155,7 @@ void Exchange::Finish() {
   std::function<void()> dropped;
   {
     std::lock_guard lock(mutex_);
-    if (phase_ != State::kStreaming) return;
+    if (phase_ != State::kStreaming || overflowed_) return;  // a cut stream has no end
     if (!http10_ && !head_) output_.append("0\r\n\r\n");
     phase_ = State::kFinished;
     dropped.swap(on_disconnect_);
@@ -168,6 +168,7 @@ void Exchange::Drop() {
   bool open = false;
   {
     std::lock_guard lock(mutex_);
+    if (overflowed_) return;  // the connection is being cut, and says so
     dropped.swap(on_disconnect_);
     open = phase_ == State::kOpen;
     if (phase_ == State::kStreaming) overflowed_ = true;  // cut: the stream is not whole
