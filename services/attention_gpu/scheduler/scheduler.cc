@@ -354,7 +354,7 @@ class Scheduler::Loop {
     e.tokens = std::move(tokens);
     e.finish = finish;
     e.status = status;
-    if (finish != FinishReason::kNone || !status.ok()) e.statistics = StatisticsOf(s);
+    if (finish != FinishReason::kNone || !status.ok() || s.generated == 1) e.statistics = StatisticsOf(s);
     s.callback(std::move(e));
   }
 

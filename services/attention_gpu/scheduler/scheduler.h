@@ -51,7 +51,7 @@ struct SequenceEvent {
   std::vector<SampledToken> tokens;
   FinishReason finish = FinishReason::kNone;
   absl::Status status;            // not OK: the sequence failed; the last event
-  SequenceStatistics statistics;  // in the last event
+  SequenceStatistics statistics;  // with the first token, and in the last event
 };
 
 // Called on the scheduler's thread; must not block.

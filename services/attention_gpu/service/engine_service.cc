@@ -121,6 +121,8 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     } else if (event.finish != FinishReason::kNone) {
       ended_ = true;
       pending_.set_finish_reason(ToProto(event.finish));
+    }
+    if (event.status.ok() && event.statistics.prompt_tokens > 0) {
       v1::GenerateStatistics* s = pending_.mutable_statistics();
       s->set_prompt_tokens(event.statistics.prompt_tokens);
       s->set_generated_tokens(event.statistics.generated_tokens);
