@@ -7,7 +7,6 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 option(TANDEM_WERROR "Treat warnings as errors" ON)
 option(TANDEM_BUILD_TESTS "Build unit and integration tests" ON)
 option(TANDEM_BUILD_BENCHMARKS "Build the Google Benchmark programs" OFF)
-set(TANDEM_CUDA "auto" CACHE STRING "Build the CUDA backend: auto, on or off")
 set(TANDEM_SANITIZE "" CACHE STRING "Sanitizers, as for -fsanitize=")
 
 if(NOT CMAKE_BUILD_TYPE)

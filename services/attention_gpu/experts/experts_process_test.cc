@@ -340,14 +340,13 @@ TEST_F(ExpertsProcessTest, IdleProcessesUseNoCpu) {
 }
 
 // Not a benchmark: prints what the two ways cost on this machine as it is.
-TEST_F(ExpertsProcessTest, EmptyCallsAreFasterThroughTheRing) {
+TEST_F(ExpertsProcessTest, EmptyCallsAreAnsweredOnBothPaths) {
   std::vector<std::string> flags = {"--ring-spin-us", "10000"};
   if (shm::AllowedCpus() > 1) {  // each its own CPU, as far as others leave it to them
     flags.insert(flags.end(), {"--cpus", "1"});
     threading::PinCurrentThread(0);
   }
   const auto expert = StartExpert(0, flags);
-  double p50[2];
   for (const bool ring : {false, true}) {
     auto group = Connect(1, ring ? ExpertTransport::kRing : ExpertTransport::kGrpc, absl::Seconds(60),
                          absl::Milliseconds(10));
@@ -356,12 +355,11 @@ TEST_F(ExpertsProcessTest, EmptyCallsAreFasterThroughTheRing) {
       const auto r = MeasureEmptyCalls(**group, 1, n, static_cast<int32_t>(config_.num_experts_per_tok),
                                        config_.hidden_size, 20'000, absl::Seconds(3));
       ASSERT_TRUE(r.ok()) << r.status();
-      p50[ring] = r->p50;
+      EXPECT_GT(r->calls, 0);
       std::printf("%s, %d tokens: %lld calls, min %.2f, p50 %.2f, p99 %.2f us\n", ring ? "ring" : "gRPC", n,
                   static_cast<long long>(r->calls), r->min, r->p50, r->p99);
     }
   }
-  EXPECT_LT(p50[true], p50[false]);
 }
 
 }  // namespace
