@@ -3,6 +3,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -13,6 +14,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -81,6 +83,44 @@ bool PinCurrentThread(int cpu) {
   return errno == 0;
 }
 
+// How a worker behaves on a processor that somebody else uses too. Taken off it in the middle of a chunk, it
+// keeps everybody waiting for the other's time slice, milliseconds. A worker that notices this (a chunk of
+// far more than the usual time, and an involuntary switch) works in short stretches for a while and sleeps
+// between them: the scheduler owes a sleeper time and lets it finish what it begins.
+class Neighbourliness {
+ public:
+  // After a chunk that ran from `start` to `end` (microseconds): sleeps if it is time to.
+  void ChunkDone(int64_t start, int64_t end) {
+    const int64_t took = end - start;
+    if (took > kSuspicious && took > 4 * usual_) {
+      rusage usage;
+      if (getrusage(RUSAGE_THREAD, &usage) == 0 && usage.ru_nivcsw != switches_) {
+        switches_ = usage.ru_nivcsw;
+        careful_until_ = end + kCareful;
+      }
+    } else {
+      usual_ = (7 * usual_ + took) / 8;
+    }
+    if (end >= careful_until_ || end - stretch_start_ < kStretch) return;
+    const timespec pause = {0, kPause * 1000};
+    nanosleep(&pause, nullptr);
+    stretch_start_ = NowMicroseconds();
+  }
+  void Slept() {
+    if (careful_until_ != 0) stretch_start_ = NowMicroseconds();
+  }
+
+ private:
+  static constexpr int64_t kSuspicious = 1000;  // all in microseconds
+  static constexpr int64_t kCareful = 200'000;
+  static constexpr int64_t kStretch = 1500;
+  static constexpr int64_t kPause = 1700;
+  int64_t usual_ = 0;
+  int64_t switches_ = 0;
+  int64_t careful_until_ = 0;
+  int64_t stretch_start_ = 0;
+};
+
 // One phase's chunks are claimed from `state_`: the phase's number in the high half, the chunks left in the
 // low half. A claim is a compare-and-swap that takes one off; once it succeeds the phase cannot end before
 // the chunk is done, so the claimer may read the phase's fields, which are written before the phase is
@@ -91,7 +131,7 @@ struct ThreadPool::Impl {
   ~Impl();
 
   void Run(std::span<const Phase> phases);
-  void Work(int worker);
+  int64_t Work(int worker, Neighbourliness* neighbourliness);
   void WorkerLoop(int worker);
   void Publish(size_t first_phase);
   void Finish();
@@ -185,25 +225,31 @@ void ThreadPool::Impl::Finish() {
   Ring(INT_MAX);
 }
 
-// Takes chunks until none is left.
-void ThreadPool::Impl::Work(int worker) {
+// Takes chunks until none is left; returns how many.
+int64_t ThreadPool::Impl::Work(int worker, Neighbourliness* neighbourliness) {
+  int64_t taken = 0;
   uint64_t s = state.load(std::memory_order_acquire);
   while ((s & UINT32_MAX) != 0) {
     if (!state.compare_exchange_weak(s, s - 1, std::memory_order_acq_rel, std::memory_order_acquire))
       continue;
     const int64_t begin = (chunks - static_cast<int64_t>(s & UINT32_MAX)) * grain;
     const int64_t total = chunks;
+    const int64_t start = neighbourliness != nullptr ? NowMicroseconds() : 0;
     phases[phase].fn(begin, std::min(n, begin + grain), worker);
+    ++taken;
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) Publish(phase + 1);
+    if (neighbourliness != nullptr) neighbourliness->ChunkDone(start, NowMicroseconds());
     s = state.load(std::memory_order_acquire);
   }
+  return taken;
 }
 
 void ThreadPool::Impl::WorkerLoop(int worker) {
+  Neighbourliness neighbourliness;
   for (;;) {
     const uint32_t seen = bell.load();
     if (stop.load()) return;
-    Work(worker);
+    Work(worker, &neighbourliness);
     if (SpinUntil(spin_us, [&] { return HasWork() || stop.load(std::memory_order_relaxed); })) continue;
     if (spin_us == 0) {
       sched_yield();
@@ -213,13 +259,11 @@ void ThreadPool::Impl::WorkerLoop(int worker) {
     // A phase published since `seen` was read changed the bell, and the wait returns at once.
     if (!HasWork() && !stop.load()) FutexWait(bell, seen);
     parked.fetch_sub(1);
+    neighbourliness.Slept();
   }
 }
 
 void ThreadPool::Impl::Run(std::span<const Phase> job) {
-  // What is left when the caller finds no chunk is in the hands of workers. One that the system has taken off
-  // its processor may need milliseconds: then the caller gives its own away rather than burn it.
-  constexpr int64_t kCallerSpinMicroseconds = 200;
   const std::lock_guard<std::mutex> lock(mutex);
   const uint32_t number = ++jobs;
   phases = job;
@@ -228,9 +272,15 @@ void ThreadPool::Impl::Run(std::span<const Phase> job) {
   const auto can_go_on = [&] { return has_ended() || HasWork(); };
   for (;;) {
     const uint32_t seen = bell.load();
-    Work(0);
+    const int64_t start = NowMicroseconds();
+    const int64_t taken = Work(0, nullptr);
     if (has_ended()) return;
-    if (SpinUntil(spin_us == 0 ? 0 : kCallerSpinMicroseconds, can_go_on)) continue;
+    // What is left is in the hands of workers, each at one chunk. One that needs far longer than the caller's
+    // own chunks took has been taken off its processor: then the caller gives its own away, for the worker to
+    // be moved there, rather than burn it for the milliseconds of a time slice.
+    const int64_t chunk_us = taken == 0 ? 50 : (NowMicroseconds() - start) / taken;
+    const int64_t patience_us = std::clamp<int64_t>(3 * chunk_us, 20, 500);
+    if (SpinUntil(spin_us == 0 ? 0 : patience_us, can_go_on)) continue;
     parked.fetch_add(1);
     if (!can_go_on()) FutexWait(bell, seen);
     parked.fetch_sub(1);

@@ -38,7 +38,12 @@ void Work(int64_t units) {  // about a microsecond each
 // meanwhile.
 void BusyNeighbour(benchmark::State& state) {
   const int cpus = static_cast<int>(std::thread::hardware_concurrency());
-  ThreadPool pool({.threads = cpus});
+  std::vector<int> pins;
+  if (state.range(1) != 0) {
+    for (int i = 0; i < cpus; ++i) pins.push_back(i);
+    PinCurrentThread(0);
+  }
+  ThreadPool pool({.threads = cpus, .cpus = pins});
   std::atomic<bool> stop{false};
   std::thread neighbour;
   if (state.range(0) != 0) {
@@ -53,7 +58,14 @@ void BusyNeighbour(benchmark::State& state) {
   stop.store(true);
   if (neighbour.joinable()) neighbour.join();
 }
-BENCHMARK(BusyNeighbour)->Arg(0)->Arg(1)->UseRealTime()->Unit(benchmark::kMicrosecond)->MinTime(2);
+BENCHMARK(BusyNeighbour)
+    ->Args({0, 0})
+    ->Args({1, 0})
+    ->Args({0, 1})
+    ->Args({1, 1})
+    ->UseRealTime()
+    ->Unit(benchmark::kMicrosecond)
+    ->MinTime(0.5);
 
 }  // namespace
 }  // namespace tandem::threading
