@@ -56,6 +56,12 @@ class Program {
     std::filesystem::remove(log_);
   }
   void Signal(int signal) const { kill(child_, signal); }
+  // Returns when every thread of it has stopped: the signal alone leaves them time to answer one more call.
+  void Stop() const {
+    kill(child_, SIGSTOP);
+    int status = 0;
+    waitpid(child_, &status, WUNTRACED);
+  }
   void Kill() {
     if (child_ <= 0) return;
     kill(child_, SIGKILL);
@@ -252,7 +258,7 @@ TEST_F(ExpertsProcessTest, ExpertKilledAtEachStageComesBack) {
       expert->Kill();  // the client does not know yet
       lost = Call(**group, 3, 7).status();
     } else if (at == "in the call") {
-      expert->Signal(SIGSTOP);
+      expert->Stop();
       ASSERT_TRUE((*group)->Start(batch->call).ok());
       std::thread killer([&] {
         absl::SleepFor(absl::Milliseconds(50));
@@ -285,7 +291,7 @@ TEST_F(ExpertsProcessTest, AStoppedExpertIsTooLate) {
   ASSERT_TRUE(group.ok()) << group.status();
   const auto want = Call(**group, 3, 7);
   ASSERT_TRUE(want.ok());
-  expert->Signal(SIGSTOP);
+  expert->Stop();
   const absl::Time before = absl::Now();
   const absl::Status late = Call(**group, 2, 8).status();
   EXPECT_TRUE(absl::IsUnavailable(late)) << late;
