@@ -8,9 +8,9 @@ namespace tandem {
 
 }  // namespace tandem
 
-#define TANDEM_CHECK(condition)                                        \
-  do {                                                                 \
-    if (!(condition)) [[unlikely]] {                                   \
-      ::tandem::CheckFailed(__FILE__, __LINE__, #condition);           \
-    }                                                                  \
+#define TANDEM_CHECK(condition)                              \
+  do {                                                       \
+    if (!(condition)) [[unlikely]] {                         \
+      ::tandem::CheckFailed(__FILE__, __LINE__, #condition); \
+    }                                                        \
   } while (false)

@@ -8,11 +8,11 @@
 #include "absl/status/statusor.h"
 
 // Returns from the current function if `expr` (an absl::Status) is not OK.
-#define TANDEM_RETURN_IF_ERROR(expr)                           \
-  do {                                                         \
-    if (::absl::Status tandem_s_ = (expr); !tandem_s_.ok()) {  \
-      return tandem_s_;                                        \
-    }                                                          \
+#define TANDEM_RETURN_IF_ERROR(expr)                          \
+  do {                                                        \
+    if (::absl::Status tandem_s_ = (expr); !tandem_s_.ok()) { \
+      return tandem_s_;                                       \
+    }                                                         \
   } while (false)
 
 // Evaluates `rexpr` (an absl::StatusOr<T>); assigns its value to `lhs` or returns its status.

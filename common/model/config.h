@@ -66,8 +66,8 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const gguf::File& file, std::string_
 
 // cos/sin frequencies of the rotary pairs: qk_rope_head_dim / 2 values; angle = position * frequency.
 // Low frequencies are interpolated by 1 / factor, high ones kept, with a linear ramp between the pairs that
-// turn beta_fast and beta_slow times over the original context. float32, and angles are formed in float32 too,
-// as the models were trained: at position 100000 that is 0.004 rad away from the exact product.
+// turn beta_fast and beta_slow times over the original context. float32, and angles are formed in float32
+// too, as the models were trained: at position 100000 that is 0.004 rad away from the exact product.
 std::vector<float> RopeFrequencies(const ModelConfig& config);
 
 // Factor of q.k before the softmax: mscale^2 / sqrt(qk_head_dim), mscale = 1 + 0.1 mscale_all_dim ln(factor).

@@ -44,8 +44,8 @@ class Metrics {
   // The same name and labels give the same object; it lives as long as the Metrics.
   Counter& AddCounter(const std::string& name, const std::string& help, const Labels& labels = {});
   Gauge& AddGauge(const std::string& name, const std::string& help, const Labels& labels = {});
-  Histogram& AddHistogram(const std::string& name, const std::string& help, const std::vector<double>& buckets,
-                          const Labels& labels = {});
+  Histogram& AddHistogram(const std::string& name, const std::string& help,
+                          const std::vector<double>& buckets, const Labels& labels = {});
 
   // Text exposition format 0.0.4, as GET /metrics answers.
   std::string Expose() const;

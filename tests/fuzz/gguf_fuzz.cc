@@ -1,6 +1,6 @@
 // Fuzz target of the GGUF reader, in the shape that libFuzzer and its relatives call: build it with
-// `clang++ -fsanitize=fuzzer,address,undefined` and the sources of tandem_gguf and tandem_gguf_exercise, and give
-// it corpus/gguf. Ordinary builds replay that corpus through replay_main.cc.
+// `clang++ -fsanitize=fuzzer,address,undefined` and the sources of tandem_gguf and tandem_gguf_exercise, and
+// give it corpus/gguf. Ordinary builds replay that corpus through replay_main.cc.
 #include <cstddef>
 #include <cstdint>
 
