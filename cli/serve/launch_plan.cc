@@ -91,6 +91,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
       expert.argv.push_back(
           absl::StrCat("--experts=", shards[i].first_expert, "-", shards[i].last_expert + 1));
     }
+    if (!options.memory_check) expert.argv.push_back("--memory-check=false");
     total_threads += threads[i].threads;
     cpus.insert(threads[i].cpus.begin(), threads[i].cpus.end());
     out.push_back(std::move(expert));
@@ -112,6 +113,8 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
     attention.argv.push_back(absl::StrCat("--max-batch-size=", options.max_batch_size));
   }
   if (options.chunk_size > 0) attention.argv.push_back(absl::StrCat("--chunk-size=", options.chunk_size));
+
+  if (!options.memory_check) attention.argv.push_back("--memory-check=false");
 
   Process gateway;
   gateway.name = "gateway";

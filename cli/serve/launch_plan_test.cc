@@ -144,6 +144,16 @@ TEST(PlanProcesses, OneProcessHoldsEverything) {
   }
 }
 
+TEST(PlanProcesses, TheMemoryCheckIsLeftOutEverywhere) {
+  ServeOptions options;
+  options.memory_check = false;
+  const auto plan = PlanProcesses(options, "m", Config(2048, 256), TwoSockets(1),
+                                  ChoosePorts(options, 1).value(), "/r", "/b");
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT((*plan)[0].argv, Contains("--memory-check=false"));
+  EXPECT_THAT((*plan)[1].argv, Contains("--memory-check=false"));
+}
+
 TEST(PlanProcesses, AWildcardHostIsAskedAtTheLoopback) {
   ServeOptions options;
   options.host = "0.0.0.0";

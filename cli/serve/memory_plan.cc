@@ -2,6 +2,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/model/tensors.h"
 
 namespace tandem::cli {
 namespace {
@@ -19,8 +20,6 @@ uint64_t ActivationValues(const model::ModelConfig& c) {
 }
 
 }  // namespace
-
-bool IsRoutedExpertTensor(const std::string& name) { return name.find("_exps.") != std::string::npos; }
 
 std::vector<ExpertShard> ShareExperts(const model::ModelConfig& config, int processes) {
   std::vector<ExpertShard> shards(processes);
@@ -47,7 +46,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const gguf::File& file, const model::Model
     uint64_t values = 1;
     for (const int64_t n : tensor.ne) values *= static_cast<uint64_t>(n);
     plan.parameters += values;
-    (IsRoutedExpertTensor(tensor.name) ? plan.expert_bytes : plan.dense_bytes) += tensor.nbytes;
+    (model::IsRoutedExpertTensor(tensor.name) ? plan.expert_bytes : plan.dense_bytes) += tensor.nbytes;
     if (tensor.name == "token_embd.weight") plan.embedding_bytes = tensor.nbytes;
   }
   plan.context = context > 0 ? context : config.max_position_embeddings;

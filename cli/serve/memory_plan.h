@@ -45,6 +45,4 @@ absl::StatusOr<MemoryPlan> PlanMemory(const gguf::File& file, const model::Model
 // ranges of experts otherwise. Byte counts are not filled in.
 std::vector<ExpertShard> ShareExperts(const model::ModelConfig& config, int processes);
 
-bool IsRoutedExpertTensor(const std::string& name);  // "blk.7.ffn_gate_exps.weight"
-
 }  // namespace tandem::cli

@@ -143,4 +143,6 @@ absl::StatusOr<ExpertTensors> BindExperts(const gguf::File& file, const ModelCon
   return e;
 }
 
+bool IsRoutedExpertTensor(const std::string& name) { return name.find("_exps.") != std::string::npos; }
+
 }  // namespace tandem::model

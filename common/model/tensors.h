@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -57,5 +58,8 @@ struct ExpertTensors {
       nullptr;  // fused: {hidden, 2 * inner, experts}, gate rows first; then no gate, up
 };
 absl::StatusOr<ExpertTensors> BindExperts(const gguf::File& file, const ModelConfig& config, int64_t layer);
+
+// "blk.7.ffn_gate_exps.weight": what expert processes hold, by the name alone.
+bool IsRoutedExpertTensor(const std::string& name);
 
 }  // namespace tandem::model

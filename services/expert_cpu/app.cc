@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -108,6 +109,7 @@ absl::StatusOr<std::unique_ptr<Shard>> LoadShard(const Options& options, const P
   load.threads = options.load_threads;
   load.arena = options.arena;
   load.progress = &progress;
+  if (!options.memory_check) load.usable_memory_bytes = std::numeric_limits<uint64_t>::max();
   if (placement.node >= 0) {
     load.bind_memory = [&](void* data, uint64_t bytes) {
       const absl::Status bound = placement.topology->BindMemory(data, bytes, placement.node);

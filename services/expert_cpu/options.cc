@@ -75,6 +75,9 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
          "Memory of the weights: auto (huge pages if there are any), hugetlb, shared-huge, shared, private")
       ->check(CLI::IsMember({"auto", "hugetlb", "shared-huge", "shared", "private"}))
       ->envname("TANDEM_ARENA");
+  app.add_option("--memory-check", o.memory_check,
+                 "Refuse a shard that does not fit into the memory that is available (default true)")
+      ->envname("TANDEM_MEMORY_CHECK");
   app.add_option("--ring", ring,
                  "on: clients on this host may call through shared memory; off: only over gRPC")
       ->check(CLI::IsMember({"on", "off"}))

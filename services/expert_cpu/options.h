@@ -27,6 +27,7 @@ struct Options {
   int64_t max_tokens = 4096;
   int load_threads = 8;
   ArenaKind arena = ArenaKind::kAuto;
+  bool memory_check = true;   // refuse a shard that is larger than the memory that is free
   bool ring = true;           // clients on this host may call through shared memory
   std::string ring_socket;    // where its regions are handed over; empty: chosen from `listen`
   int64_t ring_spin_us = -1;  // how long a session's thread looks for calls before it sleeps; -1: measured

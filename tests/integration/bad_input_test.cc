@@ -4,7 +4,10 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include "absl/strings/str_format.h"
+#include "cli/util/format.h"
 #include "common/rpc/channel.h"
+#include "common/topology/limits.h"
 #include "services/gateway/testing/raw_client.h"
 #include "tandem/v1/generation.grpc.pb.h"
 #include "tests/integration/bad_models.h"
@@ -47,6 +50,38 @@ TEST(BadModelTest, IsNamedByEveryProgram) {
       }
     }
   }
+}
+
+TEST(NoMemoryTest, IsSaidBeforeLoadingWithTheNumbers) {
+  const TempFolder folder;
+  const HugeModel huge = WriteHugeModel(folder.path());
+  const topology::MemoryInfo memory = topology::ReadMemoryInfo();
+  {
+    Process serve("tandem", {"serve", "--model", huge.path, "--port", "0", "--grpc-port", "0",
+                             "--metrics-base-port", "0"});
+    EXPECT_EQ(serve.Wait(), 1) << serve.Output();
+    EXPECT_THAT(serve.Output(), HasSubstr("not enough memory"));
+    EXPECT_THAT(serve.Output(), HasSubstr("routed experts " + cli::FormatBytes(huge.expert_bytes)));
+    EXPECT_THAT(serve.Output(), HasSubstr("of " + cli::FormatBytes(memory.total_bytes)));
+    EXPECT_THAT(serve.Output(), ::testing::Not(HasSubstr("[expert0]"))) << "it started something";
+  }
+  {
+    Process expert("tandem-expert", {"--model", huge.path, "--listen", "unix:" + (folder / "e")});
+    EXPECT_EQ(expert.Wait(), 1) << expert.Output();
+    EXPECT_THAT(expert.Output(), HasSubstr("huge.gguf"));
+    EXPECT_THAT(expert.Output(), HasSubstr(absl::StrFormat("%.2f GB of weights",
+                                                           static_cast<double>(huge.expert_bytes) / 1e9)));
+    EXPECT_THAT(expert.Output(), ::testing::ContainsRegex("[0-9.]+ GB are available"));
+    EXPECT_THAT(expert.Output(), ::testing::Not(HasSubstr("loading")));
+  }
+  // The experts are others' business here, the cache is not; experts that do not answer are not waited for.
+  Process attention("tandem-attention",
+                    {"--model", DemoModel(), "--listen", "unix:" + (folder / "a"), "--metrics-listen", "",
+                     "--expert", "unix:" + (folder / "none"), "--kv-tokens", "1073741824"});
+  EXPECT_EQ(attention.Wait(), 1) << attention.Output();
+  EXPECT_THAT(attention.Output(), HasSubstr("not enough memory"));
+  EXPECT_THAT(attention.Output(), ::testing::ContainsRegex("KV cache [0-9.]+ GB"));
+  EXPECT_THAT(attention.Output(), ::testing::ContainsRegex("[0-9.]+ GB are available"));
 }
 
 TEST(BadFlagTest, EndsWithTwoAndIsNamed) {

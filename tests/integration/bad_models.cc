@@ -1,5 +1,6 @@
 #include "tests/integration/bad_models.h"
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -7,6 +8,8 @@
 #include <stdexcept>
 
 #include "common/gguf/gguf.h"
+#include "common/model/tensors.h"
+#include "common/topology/limits.h"
 #include "tests/integration/process.h"
 
 namespace tandem::integration {
@@ -59,7 +62,63 @@ std::string WithTensorType(std::string bytes, const std::string& tensor, uint32_
   return bytes;
 }
 
+template <typename T>
+void Put(T value, std::string* bytes) {
+  bytes->append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+bool IsOneOf(const std::string& name, std::initializer_list<const char*> parts) {
+  return std::any_of(parts.begin(), parts.end(),
+                     [&](const char* part) { return name.find(part) != std::string::npos; });
+}
+
 }  // namespace
+
+HugeModel WriteHugeModel(const std::string& folder) {
+  constexpr uint64_t kAlignment = 32;
+  constexpr int64_t kInner = 32768;  // rows of an expert
+  const std::unique_ptr<gguf::File> demo = OpenDemo();
+  const auto bytes_for = [&](int64_t experts, HugeModel* huge, std::string* header) {
+    gguf::Writer metadata = MetadataOf(*demo);
+    metadata.AddUint("deepseek2.expert_count", static_cast<uint64_t>(experts));
+    metadata.AddUint("deepseek2.expert_feed_forward_length", kInner);
+    *header = metadata.SerializeMetadata();
+    const uint64_t count = demo->tensors().size();
+    std::memcpy(header->data() + 8, &count, sizeof count);  // after magic and version
+    huge->expert_bytes = 0;
+    uint64_t offset = 0;
+    for (const gguf::Tensor& t : demo->tensors()) {
+      std::vector<int64_t> ne(t.ne, t.ne + t.n_dims);
+      const bool routed = model::IsRoutedExpertTensor(t.name);
+      if (routed || IsOneOf(t.name, {"ffn_gate_inp.", "exp_probs_b"})) ne.back() = experts;
+      if (routed || IsOneOf(t.name, {"_shexp."})) {
+        ne[IsOneOf(t.name, {"ffn_down"}) ? 0 : 1] = kInner;
+      }
+      auto bytes = static_cast<uint64_t>(gguf::RowBytes(t.type, ne[0]));
+      for (size_t i = 1; i < ne.size(); ++i) bytes *= static_cast<uint64_t>(ne[i]);
+      if (routed) huge->expert_bytes += bytes;
+      Put<uint64_t>(t.name.size(), header);
+      *header += t.name;
+      Put(static_cast<uint32_t>(ne.size()), header);
+      for (const int64_t n : ne) Put(n, header);
+      Put(static_cast<uint32_t>(t.type), header);
+      Put(offset, header);
+      offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    header->resize((header->size() + kAlignment - 1) / kAlignment * kAlignment, '\0');
+    return offset;
+  };
+  HugeModel huge{folder + "/huge.gguf"};
+  std::string header;
+  int64_t experts = 16;  // a multiple, for the groups
+  uint64_t data = bytes_for(experts, &huge, &header);
+  const uint64_t wanted = 2 * topology::ReadMemoryInfo().total_bytes;
+  experts *= static_cast<int64_t>(wanted / huge.expert_bytes + 1);
+  data = bytes_for(experts, &huge, &header);
+  WriteFile(huge.path, header);
+  std::filesystem::resize_file(huge.path, header.size() + data);
+  return huge;
+}
 
 void WriteRenamedModel(const std::string& path) {
   const std::unique_ptr<gguf::File> demo = OpenDemo();

@@ -18,6 +18,7 @@
 #include "common/telemetry/log.h"
 #include "common/telemetry/metrics.h"
 #include "common/topology/cpu_list.h"
+#include "common/topology/limits.h"
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
@@ -44,6 +45,7 @@ std::string MetadataOf(const gguf::File& file) {
 struct Sizes {
   int32_t context = 0;
   int32_t pages = 0;
+  uint64_t kv_bytes = 0;
 };
 
 absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c) {
@@ -64,10 +66,28 @@ absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c)
   }
   s.context = static_cast<int32_t>(context);
   s.pages = static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens);
+  s.kv_bytes = static_cast<uint64_t>(int64_t{s.pages} * kPageTokens * token_bytes);
   spdlog::info("KV cache: {} tokens in pages of {}, {:.1f} MB; context {} tokens",
-               int64_t{s.pages} * kPageTokens, kPageTokens,
-               static_cast<double>(int64_t{s.pages} * kPageTokens * token_bytes) / 1e6, s.context);
+               int64_t{s.pages} * kPageTokens, kPageTokens, static_cast<double>(s.kv_bytes) / 1e6, s.context);
   return s;
+}
+
+// The cache is taken page by page as it is used and the weights are mapped: without a look beforehand, the
+// end would come in the midst of a request.
+absl::Status CheckMemory(const gguf::File& file, const Sizes& sizes) {
+  uint64_t weights = 0;
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    if (!model::IsRoutedExpertTensor(tensor.name)) weights += tensor.nbytes;
+  }
+  const topology::MemoryInfo memory = topology::ReadMemoryInfo();
+  const uint64_t needed = weights + sizes.kv_bytes;
+  if (memory.total_bytes == 0 || needed <= memory.UsableBytes()) return absl::OkStatus();
+  const auto gb = [](uint64_t bytes) { return absl::StrFormat("%.2f GB", static_cast<double>(bytes) / 1e9); };
+  return absl::ResourceExhaustedError(absl::StrCat(
+      file.paths().front(), ": not enough memory: ", gb(needed), " are needed (KV cache ", gb(sizes.kv_bytes),
+      ", weights without routed experts ", gb(weights), "), ", gb(memory.UsableBytes()),
+      " are available: a smaller --kv-tokens, --ctx or --max-batch-size needs less, "
+      "--memory-check=false tries all the same"));
 }
 
 int32_t MaxStepTokens(const Options& o) {
@@ -124,6 +144,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   // What is wrong with the file is said now, not after the experts have been waited for.
   TANDEM_RETURN_IF_ERROR(model::BindTensors(*out.file, c).status());
   TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
+  if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, sizes));
 
   const bool reference = o.precision == "reference";
   std::unique_ptr<ExpertGroup> experts;

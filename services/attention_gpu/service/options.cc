@@ -53,6 +53,9 @@ ParsedOptions ParseOptions(int argc, char** argv) {
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 24));
   app.add_option("--kv-tokens", o.kv_tokens, "tokens of KV cache for all sequences together; 0: by --ctx")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
+  app.add_option("--memory-check", o.memory_check,
+                 "refuse weights and a KV cache that do not fit into the memory that is available")
+      ->capture_default_str();
   app.add_option("--max-batch-size", o.max_batch_size, "sequences that run together")
       ->check(CLI::Range(1, 4096));
   app.add_option("--max-waiting", o.max_waiting, "sequences that may wait beyond those")

@@ -27,6 +27,7 @@ struct Options {
   int32_t max_waiting = 256;
   int32_t chunk_size = 256;
   int32_t mixed_chunk_size = 64;
+  bool memory_check = true;       // refuse what does not fit into the memory that is available
   double expert_patience = 60;    // seconds
   double expert_timeout = 60;     // seconds
   double attach_patience = 3600;  // seconds

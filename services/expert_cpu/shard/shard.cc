@@ -172,8 +172,8 @@ absl::StatusOr<std::unique_ptr<Shard>> Shard::Load(const std::string& path, cons
     return absl::ResourceExhaustedError(
         absl::StrCat(path, ": the shard (", shard->plan_.DebugString(), ") needs ", Gigabytes(needed),
                      " of memory (", Gigabytes(loader.arena_bytes()), " of weights), ", Gigabytes(usable),
-                     " are available: share the experts out over more machines, or take a model with fewer "
-                     "bits a weight"));
+                     " are available: share the experts out over more machines, take a model with fewer "
+                     "bits a weight, or say --memory-check=false to try all the same"));
   }
   TANDEM_ASSIGN_OR_RETURN(shard->arena_, Arena::Allocate(loader.arena_bytes(), options.arena));
   TANDEM_RETURN_IF_ERROR(loader.Read(options));
