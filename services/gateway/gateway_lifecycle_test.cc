@@ -73,6 +73,19 @@ TEST_F(LifecycleTest, ReadinessFollowsTheEngine) {
   EXPECT_EQ(Chat().status, 200);
 }
 
+TEST_F(LifecycleTest, ReadinessSaysWhatIsInTheWayOfTheEngine) {
+  Start();
+  engine_->SetDegraded("expert process unix:/x is gone");
+  EXPECT_TRUE(WaitReady(false));
+  ExpectError(Call("GET", "/ready"), 503, "server_error", "", "service_unavailable",
+              "expert process unix:/x is gone");
+  EXPECT_EQ(Metric("tandem_ready{service=\"gateway\"} "), "0");
+  EXPECT_EQ(Chat().status, 200) << "requests are let in all the same";
+  EXPECT_EQ(Call("GET", "/health").status, 200);
+  engine_->SetDegraded("");
+  EXPECT_TRUE(WaitReady(true));
+}
+
 TEST_F(LifecycleTest, EngineErrorsBecomeHttpErrors) {
   options_.resume_timeout = absl::Milliseconds(200);
   Start();

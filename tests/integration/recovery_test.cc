@@ -7,6 +7,7 @@
 #include <future>
 #include <iostream>
 
+#include "common/rpc/channel.h"
 #include "tests/integration/stack.h"
 
 namespace tandem::integration {
@@ -161,6 +162,40 @@ TEST_P(RecoveryTest, WorkOfAClientThatLeftIsCancelled) {
   EXPECT_EQ(rest.Metric("tandem_requests_total", "outcome=\"cancelled\""), cancelled + 3);
 }
 
+// Waits until /ready answers `status`: what it says is wrong, if anything.
+std::string WaitForReady(const RestClient& rest, int status) {
+  Reply reply;
+  EXPECT_TRUE(WaitUntil([&] { return (reply = rest.Get("/ready")).status == status; })) << reply.body;
+  return reply.status == 200 ? "" : reply.body["error"]["message"].get<std::string>();
+}
+
+// Nothing is asked of the server meanwhile: no call to the experts runs into the loss.
+TEST(ReadinessTest, FollowsTheExpertsWithoutAnyRequest) {
+  Stack stack;
+  ASSERT_TRUE(stack.WaitReady());
+  const RestClient rest = stack.rest();
+  const auto engine = rpc::Connect(stack.attention_address());
+  ASSERT_TRUE(engine.ok()) << engine.status();
+
+  stack.expert().Signal(SIGSTOP);
+  EXPECT_THAT(WaitForReady(rest, 503), HasSubstr("expert process " + stack.expert_address()));
+  EXPECT_FALSE(rpc::WaitServing(**engine, stack.attention_address(), absl::ZeroDuration()).ok());
+  stack.expert().Signal(SIGCONT);
+  WaitForReady(rest, 200);
+  EXPECT_TRUE(rpc::WaitServing(**engine, stack.attention_address(), absl::Seconds(60)).ok());
+
+  stack.expert().Kill();
+  EXPECT_THAT(WaitForReady(rest, 503), HasSubstr("expert process " + stack.expert_address()));
+  EXPECT_EQ(rest.Get("/health").status, 200);
+  // Who comes all the same waits, as ever.
+  auto waiting = std::async(std::launch::async, [rest] { return rest.Ask(Question("What is 12 + 34?")); });
+  EXPECT_TRUE(WaitUntil(
+      [&] { return rest.Metric("tandem_requests_running") + rest.Metric("tandem_requests_waiting") == 1; }));
+  stack.StartExpert(0);
+  EXPECT_EQ(waiting.get().content, "12 + 34 = 46.");
+  WaitForReady(rest, 200);
+}
+
 TEST(LossTest, ExpertThatDoesNotComeBack) {
   StackOptions options;
   options.attention = {"--expert-patience", "1"};
@@ -176,7 +211,10 @@ TEST(LossTest, ExpertThatDoesNotComeBack) {
   // A new request ends with an error as well, in the same bounded time.
   const Answer refused = rest.Ask(Question("What is 1 + 1?"));
   EXPECT_EQ(refused.status, 503) << refused.ToString();
+  WaitForReady(rest, 503);
   stack.StartExpert(0);
+  // Ready again though no request has met the new process yet.
+  WaitForReady(rest, 200);
   EXPECT_TRUE(WaitUntil([&] { return rest.Ask(Question("What is 12 + 34?")).content == "12 + 34 = 46."; }))
       << stack.Logs();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <utility>
@@ -21,6 +22,7 @@
 #include "common/topology/limits.h"
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/experts/expert_group.h"
+#include "services/attention_gpu/experts/expert_watch.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
 #include "services/attention_gpu/service/engine_service.h"
 
@@ -213,6 +215,59 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   return out;
 }
 
+// What this process says about its ability to compute, to gRPC health checks and in Engine.Describe. Follows
+// the scheduler, whose steps run into a loss at once, and the watch, which sees one when there are no steps.
+class Readiness {
+ public:
+  Readiness(rpc::Server& server, EngineService& service, const Scheduler& scheduler)
+      : server_(server), service_(service), scheduler_(scheduler) {}
+
+  // Begins to serve. `watch` may be null: a model without experts.
+  void Start(const ExpertWatch* watch) {
+    {
+      const std::lock_guard lock(mutex_);
+      watch_ = watch;
+      started_ = true;
+      server_.SetServing(true);
+    }
+    Update();
+  }
+  // For good.
+  void Stop() {
+    const std::lock_guard lock(mutex_);
+    started_ = false;
+    server_.SetServing(false);
+  }
+
+  void Update() {
+    const SchedulerSnapshot now = scheduler_.Snapshot();
+    const std::lock_guard lock(mutex_);
+    if (!started_) return;
+    std::string why = watch_ == nullptr ? "" : watch_->lost();
+    // The scheduler attaches anew when there is work: without any, what it saw last says nothing.
+    if (why.empty() && !now.healthy && now.running + now.waiting > 0) why = "expert processes are lost";
+    if (why.empty() != why_.empty()) {
+      server_.SetServing(why.empty());
+      if (why.empty()) {
+        spdlog::info("the experts are back");
+      } else {
+        spdlog::warn("{}; waiting for them to come back", why);
+      }
+    }
+    if (why != why_) service_.SetDegraded(why);
+    why_ = std::move(why);
+  }
+
+ private:
+  rpc::Server& server_;
+  EngineService& service_;
+  const Scheduler& scheduler_;
+  std::mutex mutex_;
+  const ExpertWatch* watch_ = nullptr;
+  bool started_ = false;
+  std::string why_;  // as last said; empty: it computes
+};
+
 }  // namespace
 
 absl::Status RunEngine(const Options& o, rpc::StopSignal& stop) {
@@ -252,24 +307,30 @@ absl::Status RunEngine(const Options& o, rpc::StopSignal& stop) {
   if (!result.ok()) return result.status();
   loaded = std::move(*result);
   Scheduler* scheduler = loaded.scheduler.get();
-  scheduler->OnHealthChange([&server](bool healthy) {
-    server->SetServing(healthy);
-    if (healthy) {
-      spdlog::info("the experts are back");
-    } else {
-      spdlog::warn("an expert process is lost; waiting for it to come back");
-    }
-  });
+  Readiness readiness(*server, service, *scheduler);
+  scheduler->OnHealthChange([&readiness](bool) { readiness.Update(); });
+  std::unique_ptr<ExpertWatch> watch;
+  if (loaded.info.expert_processes > 0) {
+    ExpertWatch::Options w;
+    w.addresses = o.experts;
+    w.tls = o.tls;
+    w.on_change = [&readiness] { readiness.Update(); };
+    TANDEM_ASSIGN_OR_RETURN(watch, ExpertWatch::Start(std::move(w)));
+  }
   service.SetReady(loaded.info, scheduler);
-  server->SetServing(true);
+  readiness.Start(watch.get());
   spdlog::info("ready after {:.2f} s: cpu backend, {}, {} expert process(es)",
                absl::ToDoubleSeconds(absl::Now() - begin), loaded.info.isa, loaded.info.expert_processes);
 
-  while (!stop.WaitFor(absl::Seconds(1))) engine_metrics.Update(scheduler->Snapshot());
+  while (!stop.WaitFor(absl::Seconds(1))) {
+    engine_metrics.Update(scheduler->Snapshot());
+    readiness.Update();
+  }
 
   spdlog::info("stopping: no new sequences, {} running", scheduler->Snapshot().running);
   scheduler->OnHealthChange(nullptr);
-  server->SetServing(false);
+  readiness.Stop();
+  watch.reset();
   if (!scheduler->Drain(absl::Seconds(o.drain_timeout))) {
     spdlog::warn("{} sequences were cut off after {} s", scheduler->Snapshot().running, o.drain_timeout);
   }

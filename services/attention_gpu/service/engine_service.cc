@@ -234,6 +234,7 @@ class EngineService::Impl : public v1::Engine::CallbackService {
     d->set_running(now.running);
     d->set_waiting(now.waiting);
     d->set_expert_processes(info_.expert_processes);
+    d->set_degraded(degraded_);
     d->set_kv_capacity_tokens(int64_t{scheduler_->backend().page_count()} *
                               scheduler_->backend().page_tokens());
     reactor->Finish(grpc::Status::OK);
@@ -261,6 +262,10 @@ class EngineService::Impl : public v1::Engine::CallbackService {
     absl::MutexLock lock(&mutex_);
     progress_ = text;
   }
+  void SetDegraded(const std::string& why) {
+    absl::MutexLock lock(&mutex_);
+    degraded_ = why;
+  }
   void SetReady(EngineInfo info, Scheduler* scheduler) {
     absl::MutexLock lock(&mutex_);
     info_ = std::move(info);
@@ -273,6 +278,7 @@ class EngineService::Impl : public v1::Engine::CallbackService {
   }
   absl::Mutex mutex_;
   std::string progress_ ABSL_GUARDED_BY(mutex_) = "reading the model";
+  std::string degraded_ ABSL_GUARDED_BY(mutex_);
   EngineInfo info_ ABSL_GUARDED_BY(mutex_);
   Scheduler* scheduler_ ABSL_GUARDED_BY(mutex_) = nullptr;
 };
@@ -281,6 +287,7 @@ EngineService::EngineService() : impl_(std::make_unique<Impl>()) {}
 EngineService::~EngineService() = default;
 grpc::Service* EngineService::service() { return impl_.get(); }
 void EngineService::SetProgress(const std::string& text) { impl_->SetProgress(text); }
+void EngineService::SetDegraded(const std::string& why) { impl_->SetDegraded(why); }
 void EngineService::SetReady(EngineInfo info, Scheduler* scheduler) {
   impl_->SetReady(std::move(info), scheduler);
 }

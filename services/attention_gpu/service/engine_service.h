@@ -37,6 +37,8 @@ class EngineService {
   void SetProgress(const std::string& text);
   // `scheduler` must outlive the service's server.
   void SetReady(EngineInfo info, Scheduler* scheduler);
+  // What EngineDescription.degraded says.
+  void SetDegraded(const std::string& why);
 
  private:
   class Impl;

@@ -11,12 +11,14 @@ Admission::Ticket::~Ticket() {
   if (admission_ != nullptr) admission_->Leave(weight_);
 }
 
+absl::Status Admission::CheckDraining() const {
+  std::lock_guard lock(mutex_);
+  return draining_ ? absl::UnavailableError("the server is shutting down") : absl::OkStatus();
+}
+
 absl::Status Admission::Ready() const {
-  {
-    std::lock_guard lock(mutex_);
-    if (draining_) return absl::UnavailableError("the server is shutting down");
-  }
-  return engines_ == nullptr ? absl::OkStatus() : engines_->status();
+  if (absl::Status draining = CheckDraining(); !draining.ok()) return draining;
+  return engines_ == nullptr ? absl::OkStatus() : engines_->Ready();
 }
 
 absl::Status Admission::Ticket::Grow(int more) {
@@ -26,7 +28,10 @@ absl::Status Admission::Ticket::Grow(int more) {
 }
 
 absl::StatusOr<Admission::Ticket> Admission::Enter(int weight) {
-  if (absl::Status ready = Ready(); !ready.ok()) return ready;
+  if (absl::Status draining = CheckDraining(); !draining.ok()) return draining;
+  if (engines_ != nullptr) {
+    if (absl::Status serving = engines_->status(); !serving.ok()) return serving;
+  }
   if (absl::Status taken = Take(weight, 0); !taken.ok()) return taken;
   return Ticket(this, weight);
 }

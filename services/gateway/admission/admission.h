@@ -43,7 +43,8 @@ class Admission {
   // request of more sequences than the bound allows is let in when nothing else runs.
   absl::StatusOr<Ticket> Enter(int weight = 1);
 
-  // OK if requests are accepted now.
+  // OK if requests are accepted now and an engine works on them: those that come while an engine has lost its
+  // experts are let in and wait, but a load balancer has better places for them.
   absl::Status Ready() const;
   // From now on nobody comes in.
   void Drain();
@@ -52,6 +53,7 @@ class Admission {
   int in_flight() const;
 
  private:
+  absl::Status CheckDraining() const;
   absl::Status Take(int weight, int already);
   void Leave(int weight);
 

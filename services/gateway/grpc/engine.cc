@@ -41,6 +41,7 @@ struct Engine::Impl {
   std::shared_ptr<const ModelContext> model;
   std::string instance_id;
   std::string backend;
+  std::string degraded;
   grpc::ClientContext* checking = nullptr;  // the monitor's call, to be cancelled at the end
   std::thread monitor;
 
@@ -174,6 +175,11 @@ absl::Status Engine::Impl::Check() {
   std::lock_guard lock(mutex);
   instance_id = description.instance_id();
   backend = description.backend();
+  if (degraded.empty() && !description.degraded().empty()) {
+    spdlog::warn("engine {}: requests wait: {}", address, description.degraded());
+  }
+  if (!degraded.empty() && description.degraded().empty()) spdlog::info("engine {}: goes on", address);
+  degraded = description.degraded();
   if (fresh != nullptr) model = std::move(fresh);
   return absl::OkStatus();
 }
@@ -252,6 +258,11 @@ std::string Engine::backend() const {
   return impl_->backend;
 }
 
+std::string Engine::degraded() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->degraded;
+}
+
 std::shared_ptr<EngineCall> Engine::Generate(v1::GenerateRequest request, absl::Time deadline,
                                              std::shared_ptr<EngineListener> listener, uint64_t tag) {
   impl_->calls.fetch_add(1);
@@ -283,6 +294,7 @@ absl::StatusOr<std::unique_ptr<EnginePool>> EnginePool::Create(const std::vector
 
 absl::StatusOr<Engine*> EnginePool::Pick(const std::string& fingerprint) const {
   Engine* best = nullptr;
+  std::pair<bool, int> best_rank;  // degraded, calls: less is better
   bool other_model = false;
   std::vector<std::string> reasons;
   absl::StatusCode code = absl::StatusCode::kUnavailable;
@@ -296,11 +308,21 @@ absl::StatusOr<Engine*> EnginePool::Pick(const std::string& fingerprint) const {
       other_model = true;
       continue;
     }
-    if (best == nullptr || engine->calls() < best->calls()) best = engine.get();
+    const std::pair<bool, int> rank(!engine->degraded().empty(), engine->calls());
+    if (best != nullptr && rank >= best_rank) continue;
+    best = engine.get();
+    best_rank = rank;
   }
   if (best != nullptr) return best;
   if (other_model) return absl::FailedPreconditionError("the engine serves another model now");
   return absl::Status(code, absl::StrJoin(reasons, "; "));
+}
+
+absl::Status EnginePool::Ready() const {
+  TANDEM_ASSIGN_OR_RETURN(const Engine* engine, Pick(""));
+  const std::string degraded = engine->degraded();
+  if (degraded.empty()) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("engine ", engine->address(), ": ", degraded));
 }
 
 std::shared_ptr<const ModelContext> EnginePool::model() const {

@@ -56,6 +56,9 @@ class Engine {
   bool serving() const;
   // OK, or why it does not serve: Unavailable; FailedPrecondition if its model cannot be used.
   absl::Status status() const;
+  // What the engine itself says is in the way of computing (its experts are lost); empty: nothing. It takes
+  // sequences all the same, and they wait.
+  std::string degraded() const;
   // The model it serves, or served last; null before the first contact.
   std::shared_ptr<const ModelContext> model() const;
   std::string backend() const;
@@ -80,12 +83,14 @@ class EnginePool {
                                                             const EngineOptions& options);
 
   // The engine for a sequence: of those that serve the model of `fingerprint` (empty: any) the one with the
-  // fewest calls. Unavailable says of each engine why not; FailedPrecondition: engines serve, but another
-  // model.
+  // fewest calls; one that is degraded only where there is no other. Unavailable says of each engine why not;
+  // FailedPrecondition: engines serve, but another model.
   absl::StatusOr<Engine*> Pick(const std::string& fingerprint) const;
   // The model that is served, by an engine that serves or by one that did; null before the first contact.
   std::shared_ptr<const ModelContext> model() const;
   absl::Status status() const { return Pick("").status(); }
+  // OK if an engine serves and nothing is in the way of its computing.
+  absl::Status Ready() const;
   const std::vector<std::unique_ptr<Engine>>& engines() const { return engines_; }
 
  private:

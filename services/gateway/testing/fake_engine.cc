@@ -68,6 +68,11 @@ void FakeEngine::SetScript(Script script) {
   script_ = std::move(script);
 }
 
+void FakeEngine::SetDegraded(const std::string& why) {
+  std::lock_guard lock(mutex_);
+  degraded_ = why;
+}
+
 std::vector<v1::GenerateRequest> FakeEngine::requests() const {
   std::lock_guard lock(mutex_);
   return requests_;
@@ -90,6 +95,8 @@ grpc::Status FakeEngine::Describe(grpc::ServerContext*, const v1::DescribeEngine
   out->set_max_batch_size(8);
   out->set_backend("cpu");
   out->set_instance_id(std::to_string(instance_.load()));
+  std::lock_guard lock(mutex_);
+  out->set_degraded(degraded_);
   return grpc::Status::OK;
 }
 

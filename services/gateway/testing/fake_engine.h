@@ -40,6 +40,7 @@ class FakeEngine final : public v1::Engine::Service {
   };
   void SetScript(Script script);
   void SetServing(bool serving) { serving_.store(serving); }
+  void SetDegraded(const std::string& why);
   void SetContext(uint32_t tokens) { context_.store(tokens); }
 
   std::vector<v1::GenerateRequest> requests() const;
@@ -67,6 +68,7 @@ class FakeEngine final : public v1::Engine::Service {
   std::atomic<int> running_{0};
   mutable std::mutex mutex_;
   Script script_;
+  std::string degraded_;
   std::vector<v1::GenerateRequest> requests_;
 };
 
