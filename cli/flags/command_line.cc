@@ -8,16 +8,10 @@
 
 #include "cli/flags/config_file.h"
 #include "cli/util/nearest.h"
+#include "common/flags/sources.h"
 
 namespace tandem::cli {
 namespace {
-
-std::string EnvironmentName(const std::string& flag) {
-  std::string name = "TANDEM_";
-  for (const char c : flag)
-    name += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-  return name;
-}
 
 bool IsTruthWord(const std::string& word) {
   std::string lower = word;
@@ -296,7 +290,7 @@ std::optional<int> CommandLine::Parse(const std::vector<std::string>& args, cons
   std::map<std::string, std::string> sources;  // flag -> where its value comes from
   std::vector<std::string> words;
   for (const auto& flag : flags) {
-    const std::string variable = EnvironmentName(flag.name);
+    const std::string variable = flags::EnvironmentName(flag.name);
     const bool wanted = flag.from_environment && !flag.ignored && !given.contains(flag.name);
     const char* value = wanted ? environment(variable.c_str()) : nullptr;
     if (value == nullptr || *value == '\0') continue;

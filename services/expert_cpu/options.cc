@@ -5,6 +5,7 @@
 #include <iostream>
 #include <map>
 
+#include "common/flags/sources.h"
 #include "common/topology/cpu_list.h"
 
 namespace tandem::expert {
@@ -30,40 +31,24 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
   CLI::App app("tandem-expert: holds a shard of a model's routed experts and answers batched calls over gRPC",
                "tandem-expert");
   app.set_version_flag("--version", TANDEM_VERSION);
-  app.set_config("--config", "", "A file with these settings, one NAME = VALUE a line")
-      ->envname("TANDEM_CONFIG");
-  app.allow_config_extras(CLI::config_extras_mode::error);
   app.add_option("--model,--model-path,--gguf-path", o.model,
-                 "GGUF file, the first file of a split model, or a folder with either (needed)")
-      ->envname("TANDEM_MODEL");
-  app.add_option("--listen", o.listen, "HOST:PORT or unix:PATH; may be given several times")
-      ->delimiter(',')
-      ->envname("TANDEM_LISTEN");
-  app.add_option("--metrics-listen", o.metrics_listen, "HOST:PORT of GET /metrics; none if left out")
-      ->envname("TANDEM_METRICS_LISTEN");
-  app.add_option("--slice", slice, "K/N: slice K (from 0) of N of every expert's intermediate dimension")
-      ->envname("TANDEM_SLICE");
-  app.add_option("--experts", experts, "A-B: experts A to B-1 only")->envname("TANDEM_EXPERTS");
+                 "GGUF file, the first file of a split model, or a folder with either (needed)");
+  app.add_option("--listen", o.listen, "HOST:PORT or unix:PATH; may be given several times")->delimiter(',');
+  app.add_option("--metrics-listen", o.metrics_listen, "HOST:PORT of GET /metrics; none if left out");
+  app.add_option("--slice", slice, "K/N: slice K (from 0) of N of every expert's intermediate dimension");
+  app.add_option("--experts", experts, "A-B: experts A to B-1 only");
   app.add_option("--threads,--cpu-infer,--cpu_infer", o.threads, "Compute threads; 0: one a physical core")
-      ->check(CLI::Range(0, 4096))
-      ->envname("TANDEM_THREADS");
-  app.add_option("--cpus", cpus, "CPUs to pin the threads to, as in 0-7,16; overrides those of --numa-node")
-      ->envname("TANDEM_CPUS");
+      ->check(CLI::Range(0, 4096));
+  app.add_option("--cpus", cpus, "CPUs to pin the threads to, as in 0-7,16; overrides those of --numa-node");
   app.add_option("--numa-node", o.numa_node, "Bind threads and memory to this NUMA node; -1: do not")
-      ->check(CLI::Range(-1, 1023))
-      ->envname("TANDEM_NUMA_NODE");
+      ->check(CLI::Range(-1, 1023));
   app.add_option("--numa-nodes", o.numa_nodes, "Simulate so many NUMA nodes; 0: those of the machine")
-      ->check(CLI::Range(0, 64))
-      ->envname("TANDEM_NUMA_NODES");
+      ->check(CLI::Range(0, 64));
   app.add_option("--precision", precision, "fast, or reference: dequantized weights, sums in double")
-      ->check(CLI::IsMember({"fast", "reference"}))
-      ->envname("TANDEM_PRECISION");
-  app.add_option("--max-tokens", o.max_tokens, "Most tokens in a call")
-      ->check(CLI::Range(1, 65536))
-      ->envname("TANDEM_MAX_TOKENS");
+      ->check(CLI::IsMember({"fast", "reference"}));
+  app.add_option("--max-tokens", o.max_tokens, "Most tokens in a call")->check(CLI::Range(1, 65536));
   app.add_option("--load-threads", o.load_threads, "Reads in flight while loading")
-      ->check(CLI::Range(1, 256))
-      ->envname("TANDEM_LOAD_THREADS");
+      ->check(CLI::Range(1, 256));
   const std::map<std::string, ArenaKind> arenas = {{"auto", ArenaKind::kAuto},
                                                    {"hugetlb", ArenaKind::kHugeTlb},
                                                    {"shared-huge", ArenaKind::kSharedHuge},
@@ -73,27 +58,21 @@ std::optional<Options> ParseOptions(int argc, const char* const* argv, int* exit
   app.add_option(
          "--arena", arena,
          "Memory of the weights: auto (huge pages if there are any), hugetlb, shared-huge, shared, private")
-      ->check(CLI::IsMember({"auto", "hugetlb", "shared-huge", "shared", "private"}))
-      ->envname("TANDEM_ARENA");
+      ->check(CLI::IsMember({"auto", "hugetlb", "shared-huge", "shared", "private"}));
   app.add_option("--memory-check", o.memory_check,
-                 "Refuse a shard that does not fit into the memory that is available (default true)")
-      ->envname("TANDEM_MEMORY_CHECK");
+                 "Refuse a shard that does not fit into the memory that is available (default true)");
   app.add_option("--ring", ring,
                  "on: clients on this host may call through shared memory; off: only over gRPC")
-      ->check(CLI::IsMember({"on", "off"}))
-      ->envname("TANDEM_RING");
+      ->check(CLI::IsMember({"on", "off"}));
   app.add_option("--ring-socket", o.ring_socket,
-                 "Path of the Unix socket that hands the memory over; chosen from --listen if left out")
-      ->envname("TANDEM_RING_SOCKET");
+                 "Path of the Unix socket that hands the memory over; chosen from --listen if left out");
   app.add_option("--ring-spin-us", o.ring_spin_us,
                  "Microseconds to look for the next call before sleeping; -1: by the CPUs to spare")
-      ->check(CLI::Range(int64_t{-1}, int64_t{60'000'000}))
-      ->envname("TANDEM_RING_SPIN_US");
-  app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for the TCP addresses")
-      ->envname("TANDEM_TLS_CERT");
-  app.add_option("--tls-key", o.tls.key_file, "PEM key of the certificate")->envname("TANDEM_TLS_KEY");
-  app.add_option("--tls-ca", o.tls.ca_file, "PEM CA that clients' certificates must be of")
-      ->envname("TANDEM_TLS_CA");
+      ->check(CLI::Range(int64_t{-1}, int64_t{60'000'000}));
+  app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for the TCP addresses");
+  app.add_option("--tls-key", o.tls.key_file, "PEM key of the certificate");
+  app.add_option("--tls-ca", o.tls.ca_file, "PEM CA that clients' certificates must be of");
+  flags::AddEnvironmentAndFile(app);
 
   const auto wrong = [&](const std::string& what) {
     std::cerr << "tandem-expert: " << what << "\nRun with --help for the flags.\n";

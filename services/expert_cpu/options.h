@@ -1,5 +1,4 @@
-// The command line of tandem-expert. Every flag also in the file of --config (INI / TOML: model = "...") and
-// as environment variable TANDEM_<FLAG>; the command line wins over the file, that over the environment.
+// The flags of tandem-expert, which may also come from the environment and a file: common/flags/sources.h.
 #pragma once
 
 #include <cstdint>

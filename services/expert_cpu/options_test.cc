@@ -100,7 +100,7 @@ TEST(OptionsTest, HelpAndVersionEndWithZero) {
   EXPECT_THAT(version.error, HasSubstr("0."));
 }
 
-TEST(OptionsTest, CommandLineBeatsFileBeatsEnvironment) {
+TEST(OptionsTest, CommandLineBeatsEnvironmentBeatsFile) {
   const std::string path = ::testing::TempDir() + "/tandem_expert_" + std::to_string(getpid()) + ".toml";
   std::ofstream(path)
       << "model = \"from-file\"\nmax-tokens = 5\nthreads = 6\nlisten = [\"unix:/f\", \"unix:/g\"]\n";
@@ -113,7 +113,7 @@ TEST(OptionsTest, CommandLineBeatsFileBeatsEnvironment) {
   unsetenv("TANDEM_SLICE");
   ASSERT_TRUE(p.options.has_value()) << p.error;
   EXPECT_EQ(p.options->model, "from-file");
-  EXPECT_EQ(p.options->max_tokens, 5);
+  EXPECT_EQ(p.options->max_tokens, 7);
   EXPECT_EQ(p.options->shard.slice_count, 3);
   EXPECT_EQ(p.options->threads, 9);
   EXPECT_THAT(p.options->listen, ElementsAre("unix:/f", "unix:/g"));

@@ -4,6 +4,8 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "absl/strings/str_format.h"
 #include "cli/util/format.h"
 #include "common/rpc/channel.h"
@@ -105,6 +107,44 @@ TEST(BadFlagTest, EndsWithTwoAndIsNamed) {
     Process process(command.program, command.args);
     EXPECT_EQ(process.Wait(), 2) << command.program << " ... " << word << ":\n" << process.Output();
     EXPECT_THAT(process.Output(), HasSubstr(word)) << command.program;
+  }
+}
+
+// Each source has a value that is none; the one that the error names was taken.
+TEST(BadFlagTest, EveryProgramTakesTheCommandLineThenTheEnvironmentThenTheFile) {
+  struct Case {
+    Command command;
+    std::string flag, variable;
+  };
+  const std::vector<Case> cases = {
+      {{"tandem-expert", {"--model", "m"}}, "precision", "TANDEM_PRECISION"},
+      {{"tandem-attention", {"--model", "m"}}, "precision", "TANDEM_PRECISION"},
+      {{"tandem-gateway", {"--engine", "127.0.0.1:1"}}, "max-requests", "TANDEM_MAX_REQUESTS"},
+      {{"tandem", {"serve"}}, "precision", "TANDEM_PRECISION"}};
+  const TempFolder folder;
+  for (const Case& c : cases) {
+    const std::string file = folder / "config";
+    std::ofstream(file) << c.flag << " = \"of-file\"\n";
+    const auto expect = [&](const std::vector<std::string>& more, const std::vector<std::string>& environment,
+                            const std::string& taken) {
+      std::vector<std::string> args = c.command.args;
+      args.insert(args.end(), more.begin(), more.end());
+      Process process(c.command.program, args, environment);
+      EXPECT_EQ(process.Wait(), 2) << c.command.program << ", " << taken << ":\n" << process.Output();
+      for (const char* value : {"of-file", "of-environment", "of-line"}) {
+        if (value == taken) {
+          EXPECT_THAT(process.Output(), HasSubstr(value)) << c.command.program;
+        } else {
+          EXPECT_THAT(process.Output(), ::testing::Not(HasSubstr(value))) << c.command.program;
+        }
+      }
+    };
+    const std::string named = "TANDEM_CONFIG=" + file, set = c.variable + "=of-environment";
+    expect({"--config", file}, {}, "of-file");
+    expect({}, {named}, "of-file");
+    expect({"--config", file}, {set}, "of-environment");
+    expect({}, {named, set}, "of-environment");
+    expect({"--config", file, "--" + c.flag, "of-line"}, {set}, "of-line");
   }
 }
 

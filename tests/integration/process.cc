@@ -47,11 +47,12 @@ TempFolder::~TempFolder() {
   std::filesystem::remove_all(path_, ignored);
 }
 
-Process::Process(const std::string& program, const std::vector<std::string>& args) {
+Process::Process(const std::string& program, const std::vector<std::string>& args,
+                 const std::vector<std::string>& environment) {
   const std::string path = program.find('/') == std::string::npos ? BinaryPath(program) : program;
   std::vector<std::string> words = {path};
   words.insert(words.end(), args.begin(), args.end());
-  std::vector<std::string> variables;
+  std::vector<std::string> variables = environment;
   for (char** entry = environ; *entry != nullptr; ++entry) {
     if (std::string(*entry).rfind("TANDEM_", 0) != 0) variables.emplace_back(*entry);
   }

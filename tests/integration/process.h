@@ -37,11 +37,12 @@ class TempFolder {
 
 // A child process whose standard output and error are kept. Killed, if it still runs, when the object goes,
 // and by the system when the thread that made it ends. TANDEM_* variables of the environment are not handed
-// on. The methods may be called from any thread.
+// on, those of `environment` ("NAME=VALUE") are. The methods may be called from any thread.
 class Process {
  public:
   // `program`: a path, or a name as in BinaryPath.
-  Process(const std::string& program, const std::vector<std::string>& args);
+  Process(const std::string& program, const std::vector<std::string>& args,
+          const std::vector<std::string>& environment = {});
   ~Process();
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;

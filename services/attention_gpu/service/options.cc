@@ -1,38 +1,23 @@
 #include "services/attention_gpu/service/options.h"
 
-#include <cctype>
-
 #include <CLI/CLI.hpp>
 
+#include "common/flags/sources.h"
+
 namespace tandem::attention {
-namespace {
-
-// --max-batch-size becomes TANDEM_MAX_BATCH_SIZE.
-void NameEnvironment(CLI::App& app) {
-  for (CLI::Option* option : app.get_options()) {
-    const std::string name = option->get_single_name();
-    if (name == "help" || name == "version" || name == "config") continue;
-    std::string env = "TANDEM_";
-    for (char c : name)
-      env += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-    option->envname(env);
-  }
-}
-
-}  // namespace
 
 ParsedOptions ParseOptions(int argc, char** argv) {
   ParsedOptions out;
   Options& o = out.options;
   CLI::App app("tandem-attention: attention, dense layers, KV cache and sampling of a DeepSeek model");
   app.set_version_flag("--version", TANDEM_VERSION);
-  app.set_config("--config", "", "read flags from this file");
   app.add_option("--model", o.model, "GGUF file, first file of a split model, or folder")->required();
   app.add_option("--listen", o.listen, "gRPC address, host:port or unix:PATH; repeatable")
+      ->delimiter(',')
       ->capture_default_str();
   app.add_option("--metrics-listen", o.metrics_listen, "host:port of /metrics; empty: none")
       ->capture_default_str();
-  app.add_option("--expert", o.experts, "address of an expert process; repeatable");
+  app.add_option("--expert", o.experts, "address of an expert process; repeatable")->delimiter(',');
   app.add_option("--expert-transport", o.expert_transport,
                  "calls through shared memory (ring), over gRPC, or auto: ring where it is on this host")
       ->check(CLI::IsMember({"auto", "ring", "grpc"}))
@@ -74,7 +59,7 @@ ParsedOptions ParseOptions(int argc, char** argv) {
   app.add_option("--tls-cert", o.tls.certificate_file, "PEM certificate for TCP listeners");
   app.add_option("--tls-key", o.tls.key_file, "PEM key");
   app.add_option("--tls-ca", o.tls.ca_file, "PEM CA that peers' certificates must come from");
-  NameEnvironment(app);
+  flags::AddEnvironmentAndFile(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -1,4 +1,4 @@
-// The flags of tandem-attention. Each is also TANDEM_<FLAG> in the environment and a key of --config FILE.
+// The flags of tandem-attention, which may also come from the environment and a file: common/flags/sources.h.
 #pragma once
 
 #include <cstdint>
