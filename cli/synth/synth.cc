@@ -1,11 +1,14 @@
 #include "cli/synth/synth.h"
 
+#include <signal.h>
 #include <sys/statvfs.h>
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <ostream>
@@ -158,6 +161,31 @@ absl::Status CheckTarget(const std::vector<std::string>& names, const SynthOptio
   return absl::OkStatus();
 }
 
+// Takes SIGINT and SIGTERM as long as it lives; a second one does what it did before.
+class StopSignals {
+ public:
+  StopSignals() {
+    received_ = 0;
+    struct sigaction action = {};
+    action.sa_handler = [](int number) { received_ = number; };
+    action.sa_flags = static_cast<int>(SA_RESETHAND);
+    sigaction(SIGINT, &action, &interrupt_);
+    sigaction(SIGTERM, &action, &terminate_);
+  }
+  ~StopSignals() {
+    sigaction(SIGINT, &interrupt_, nullptr);
+    sigaction(SIGTERM, &terminate_, nullptr);
+  }
+  StopSignals(const StopSignals&) = delete;
+  StopSignals& operator=(const StopSignals&) = delete;
+
+  static int received() { return received_; }  // its number; 0: none
+
+ private:
+  static inline std::atomic<int> received_ = 0;
+  struct sigaction interrupt_ = {}, terminate_ = {};
+};
+
 }  // namespace
 
 void AddSynthFlags(Command& command, SynthOptions* options) {
@@ -187,7 +215,8 @@ absl::StatusOr<SynthPlan> PlanSynth(const SynthOptions& options) {
 }
 
 absl::StatusOr<std::vector<std::string>> WriteSynth(const SynthPlan& plan, const SynthOptions& options,
-                                                    const SynthProgress& progress) {
+                                                    const SynthProgress& progress,
+                                                    const std::function<bool()>& cancelled) {
   uint64_t most = 0;
   if (!options.split_max_size.empty()) {
     most = ParseSize(options.split_max_size);
@@ -246,7 +275,13 @@ absl::StatusOr<std::vector<std::string>> WriteSynth(const SynthPlan& plan, const
           tensor.name, tensor.type, tensor.ne,
           [&fill, &tensor](uint64_t offset, std::span<uint8_t> bytes) { fill(tensor, offset, bytes); }));
     }
-    TANDEM_RETURN_IF_ERROR(writer.WriteFile(names[f]));
+    Writer::Options how;
+    how.cancelled = cancelled;
+    if (const absl::Status written = writer.WriteFile(names[f], how); !written.ok()) {
+      // The first files of a split model are of no use without the others.
+      for (size_t i = 0; i < f; ++i) std::remove(names[i].c_str());
+      return written;
+    }
   }
   return names;
 }
@@ -271,7 +306,12 @@ int RunSynth(const SynthOptions& options, std::ostream& out, std::ostream& err) 
                            FormatBytes(static_cast<uint64_t>(static_cast<double>(bytes) / seconds())))
         << std::flush;
   };
-  const auto names = WriteSynth(*plan, options, progress);
+  const StopSignals signals;
+  const auto names = WriteSynth(*plan, options, progress, [] { return StopSignals::received() != 0; });
+  if (absl::IsCancelled(names.status())) {
+    err << "tandem synth: stopped, " << options.out << " is not written\n";
+    return 128 + StopSignals::received();
+  }
   if (!names.ok()) return failed(names.status());
   const model::ModelConfig& c = plan->config;
   out << absl::StrFormat("%s%s: %s %s, %d dense and %d MoE layers of %d experts, %d tensors, %s",

@@ -32,7 +32,9 @@ struct SynthOptions {
 
 void AddSynthFlags(Command& command, SynthOptions* options);
 
-// The exit code: 0; 1 if the file cannot be written, 2 for bad values of flags. Progress goes to `err`.
+// The exit code: 0; 1 if the file cannot be written, 2 for bad values of flags, 128 + its number after SIGINT
+// or SIGTERM, which it takes while it runs. Progress goes to `err`. Unless it is 0, nothing is left on the
+// disk.
 int RunSynth(const SynthOptions& options, std::ostream& out, std::ostream& err);
 
 // What RunSynth writes, before it is written. InvalidArgument names the flag.
@@ -42,8 +44,10 @@ absl::StatusOr<SynthPlan> PlanSynth(const SynthOptions& options);
 using SynthProgress = std::function<void(uint64_t bytes)>;
 // Writes the plan's files and returns their names, in order. The same plan, seed and split give the same
 // bytes, whatever the number of threads. ResourceExhausted: the disk has no room (said before anything is
-// written); AlreadyExists.
+// written); AlreadyExists; Cancelled: `cancelled`, which may be empty, said so. No file is left after an
+// error.
 absl::StatusOr<std::vector<std::string>> WriteSynth(const SynthPlan& plan, const SynthOptions& options,
-                                                    const SynthProgress& progress);
+                                                    const SynthProgress& progress,
+                                                    const std::function<bool()>& cancelled = {});
 
 }  // namespace tandem::cli

@@ -2,6 +2,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cmath>
@@ -247,6 +249,41 @@ TEST_F(SynthTest, SplitFilesAreOneModel) {
   const auto file = Bind(first);
   ASSERT_NE(file, nullptr);
   EXPECT_EQ(file->paths().size(), files);
+}
+
+// A disk that is full, by the largest file that this process may write.
+TEST_F(SynthTest, AFailedWriteLeavesNothing) {
+  rlimit before = {};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  rlimit limit = before;
+  limit.rlim_cur = 4'000'000;
+  const auto old_handler = signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  const Result one = Run(Tiny("large.gguf"));
+  SynthOptions split = Tiny("large.gguf");
+  split.split_max_size = "3500000";  // the first files fit, one with a large tensor does not
+  split.experts = 64;
+  const Result several = Run(split);
+  setrlimit(RLIMIT_FSIZE, &before);
+  signal(SIGXFSZ, old_handler);
+  for (const Result& r : {one, several}) {
+    EXPECT_EQ(r.code, 1) << r.err;
+    EXPECT_THAT(r.err, HasSubstr("cannot write"));
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(folder_));
+}
+
+TEST_F(SynthTest, Cancelled) {
+  SynthOptions options = Tiny("parts.gguf");
+  options.split_max_size = "3M";
+  const auto plan = PlanSynth(options);
+  ASSERT_TRUE(plan.ok());
+  uint64_t written = 0;
+  const auto names = WriteSynth(
+      *plan, options, [&](uint64_t bytes) { written = bytes; }, [&] { return written > plan->bytes / 2; });
+  EXPECT_EQ(names.status().code(), absl::StatusCode::kCancelled);
+  EXPECT_GT(written, 3'000'000u) << "a file was complete";
+  EXPECT_TRUE(std::filesystem::is_empty(folder_));
 }
 
 TEST_F(SynthTest, ErrorsSayWhatIsWrong) {

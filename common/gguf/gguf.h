@@ -175,6 +175,8 @@ class Writer {
     uint32_t alignment = 32;  // of tensor data: a power of two, at most 1 MiB
     // Tensors added with the same data pointer and size are written once and share their bytes in the file.
     bool share_equal_data = false;
+    // Asked again and again by WriteFile, which stops when it is true; empty: it never is.
+    std::function<bool()> cancelled = nullptr;
   };
 
   // Integers must fit `type`, which must be an integer type; signed and unsigned alike.
@@ -199,7 +201,8 @@ class Writer {
 
   // The header alone, tensor data left out and the tensor list empty: what ParseHeader reads.
   std::string SerializeMetadata() const;
-  // Written beside `path` first and renamed when complete: a failed write leaves no half model behind.
+  // Written beside `path` first and renamed when complete: neither an error nor Cancelled leaves anything
+  // behind.
   absl::Status WriteFile(const std::string& path, const Options& options) const;
   absl::Status WriteFile(const std::string& path, uint32_t alignment = 32) const;
   std::string SerializeAll(uint32_t alignment = 32) const;  // for tests

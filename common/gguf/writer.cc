@@ -402,6 +402,9 @@ absl::Status Writer::WriteFile(const std::string& path, const Options& options) 
   if (fd < 0) return failed("create", errno);
   absl::Status status = WriteTo(options, [&](std::span<const uint8_t> bytes) -> absl::Status {
     while (!bytes.empty()) {
+      if (options.cancelled && options.cancelled()) {
+        return absl::CancelledError(absl::StrCat(path, " is not written"));
+      }
       const ssize_t n = write(fd, bytes.data(), std::min<size_t>(bytes.size(), kChunkBytes));
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) return failed("write", errno);

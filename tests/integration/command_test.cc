@@ -198,5 +198,25 @@ TEST(DoctorTest, Examines) {
   EXPECT_THAT(wrong.Output(), HasSubstr("/no/such.gguf"));
 }
 
+TEST(SynthTest, ASignalLeavesNothingBehind) {
+  for (const int number : {SIGINT, SIGTERM}) {
+    const TempFolder folder;
+    Process synth("tandem", {"synth", folder / "m.gguf", "--shape", "v2-lite", "--experts", "8"});
+    // Well under way: past what is made before the file.
+    const auto file_has_bytes = [&] {
+      for (const auto& entry : std::filesystem::directory_iterator(folder.path())) {
+        std::error_code gone;
+        if (entry.file_size(gone) > 1'000'000 && !gone) return true;
+      }
+      return false;
+    };
+    ASSERT_TRUE(WaitUntil([&] { return file_has_bytes() || synth.Wait(std::chrono::milliseconds(0)); }));
+    synth.Signal(number);
+    EXPECT_EQ(synth.Wait(), 128 + number) << synth.Output();
+    EXPECT_THAT(synth.Output(), HasSubstr("m.gguf is not written"));
+    EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+  }
+}
+
 }  // namespace
 }  // namespace tandem::integration
