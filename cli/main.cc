@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
   AddInspectFlags(line.Add("inspect", "Show a model file: metadata, tensors, memory plan"), &inspect);
   AddDoctorFlags(line.Add("doctor", "Check this machine: what is fine, what to change"), &doctor);
   AddSynthFlags(line.Add("synth", "Write a model with random weights, for measurements"), &synth);
-  AddBenchFlags(line.Add("bench", "Measure this machine: roofline, moe, roundtrip, load"), &bench);
+  AddBenchFlags(line.Add("bench", "Measure this machine (roofline, moe, roundtrip, load) or a server (serve)"), &bench);
   const std::optional<int> code = line.Parse({argv + 1, argv + argc}, &std::getenv, std::cout, std::cerr);
   if (code) return *code;
   for (const std::string& flag : line.ignored()) {

@@ -3,6 +3,7 @@
 #include <ostream>
 
 #include "absl/strings/str_cat.h"
+#include "cli/bench/serve/serve_load.h"
 #include "cli/synth/shapes.h"
 #include "common/base/status_macros.h"
 
@@ -14,14 +15,15 @@ absl::Status Run(const BenchOptions& options, Report& report) {
   if (options.which == "moe") return BenchMoe(options, report);
   if (options.which == "roundtrip") return BenchRoundtrip(options, report);
   if (options.which == "load") return BenchLoad(options, report);
+  if (options.which == "serve") return BenchServe(options.serve, report);
   return absl::InvalidArgumentError(
-      absl::StrCat("\"", options.which, "\": there are roofline, moe, roundtrip and load"));
+      absl::StrCat("\"", options.which, "\": there are roofline, moe, roundtrip, load and serve"));
 }
 
 }  // namespace
 
 void AddBenchFlags(Command& command, BenchOptions* options) {
-  command.Positional("WHAT", &options->which, "roofline, moe, roundtrip or load")
+  command.Positional("WHAT", &options->which, "roofline, moe, roundtrip, load or serve")
       .Switch("json", &options->json, "JSON lines instead of a table")
       .Text("isa", &options->isa, "roofline, moe: one instruction set, or all (default: the one in use)")
       .Integer("threads", &options->threads, 0, 8192, "Threads (default: one a physical core)")
@@ -43,6 +45,7 @@ void AddBenchFlags(Command& command, BenchOptions* options) {
       .NotFromEnvironment("isa")
       .NotFromEnvironment("type")
       .NotFromEnvironment("tokens");
+  AddServeLoadFlags(command, &options->serve);
 }
 
 int RunBench(const BenchOptions& options, std::ostream& out, std::ostream& err) {

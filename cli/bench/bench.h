@@ -1,5 +1,6 @@
-// `tandem bench roofline | moe | roundtrip | load`: measurements, each beside the ceiling that the same run
-// measured in between (ABAB..., medians: a machine's memory bandwidth changes from second to second).
+// `tandem bench roofline | moe | roundtrip | load | serve`: measurements, each beside the ceiling that the
+// same run measured in between (ABAB..., medians: a machine's memory bandwidth changes from second to
+// second).
 //
 // This folder links tandem_expert: the measurements are of the library that the expert processes run, without
 // a process in between. Elsewhere services are used over their sockets alone.
@@ -11,12 +12,13 @@
 
 #include "absl/status/status.h"
 #include "cli/bench/report.h"
+#include "cli/bench/serve/options.h"
 #include "cli/flags/command_line.h"
 
 namespace tandem::cli {
 
 struct BenchOptions {
-  std::string which;         // roofline, moe, roundtrip, load
+  std::string which;         // roofline, moe, roundtrip, load, serve
   bool json = false;         // JSON lines instead of a table
   std::string isa;           // empty: the one in use; "all": each that this machine has
   int64_t threads = 0;       // 0: one a physical core
@@ -33,6 +35,7 @@ struct BenchOptions {
   std::string model;           // load; roundtrip (empty: the demo model)
   std::string expert_program;  // roundtrip: empty: tandem-expert beside this program
   int64_t load_threads = 8;    // load: requests in flight
+  ServeLoadOptions serve;
 };
 
 void AddBenchFlags(Command& command, BenchOptions* options);

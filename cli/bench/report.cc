@@ -58,6 +58,8 @@ void Report::Note(const std::string& text) {
   if (!json_) out_ << text << "\n" << std::flush;
 }
 
+void Report::Raw(const std::string& lines) { out_ << lines << std::flush; }
+
 std::string MachineName() {
   const auto topology = topology::Topology::Detect();
   if (!topology.ok()) return "unknown";
@@ -66,8 +68,12 @@ std::string MachineName() {
 }
 
 double Quantile(std::vector<double> values, double share) {
-  if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
+  return QuantileOfSorted(values, share);
+}
+
+double QuantileOfSorted(const std::vector<double>& values, double share) {
+  if (values.empty()) return 0;
   const auto rank = static_cast<int64_t>(std::ceil(share * static_cast<double>(values.size()))) - 1;
   return values[static_cast<size_t>(std::clamp<int64_t>(rank, 0, static_cast<int64_t>(values.size()) - 1))];
 }

@@ -38,6 +38,9 @@ class Report {
   void Add(const Measurement& m);
   // A line for people; not part of the JSON.
   void Note(const std::string& text);
+  // Lines of a measurement that has fields and a table of its own.
+  void Raw(const std::string& lines);
+  bool json() const { return json_; }
 
  private:
   const bool json_;
@@ -51,5 +54,7 @@ std::string MachineName();
 double Median(std::vector<double> values);  // 0 if there are none
 // The smallest value that at least `share` of them do not exceed; 0 if there are none.
 double Quantile(std::vector<double> values, double share);
+// The same of values in rising order.
+double QuantileOfSorted(const std::vector<double>& values, double share);
 
 }  // namespace tandem::cli
