@@ -6,6 +6,8 @@
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
 #include <cctype>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -153,11 +155,8 @@ absl::StatusOr<HttpReply> HttpClient::Call(bool post, const std::string& path, c
 
   beast::flat_buffer buffer;
   http::response_parser<http::string_body> parser;
-  if (on_data) {
-    parser.body_limit(boost::none);
-  } else {
-    parser.body_limit(kLargestReply);
-  }
+  // Not "none": Beast 1.74 takes that for zero where an answer has a Content-Length.
+  parser.body_limit(on_data ? std::numeric_limits<uint64_t>::max() : kLargestReply);
   TANDEM_RETURN_IF_ERROR(runner.Run(
       patience, [&](auto done) { http::async_read_header(stream, buffer, parser, std::move(done)); }));
   HttpReply reply;

@@ -164,6 +164,8 @@ struct HttpServer::Impl {
     io.stop();
     for (std::thread& thread : threads) thread.join();
     threads.clear();
+    error_code ignored;
+    acceptor.close(ignored);  // where the io_context was stopped before it came to that
   }
 };
 
