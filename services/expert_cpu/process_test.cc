@@ -3,67 +3,21 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <signal.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <sstream>
 
 #include "common/rpc/channel.h"
+#include "common/testing/process.h"
 #include "services/expert_cpu/testing/synthetic_model.h"
 
 namespace tandem::expert {
 namespace {
 
+using tandem::testing::Process;
 using ::testing::HasSubstr;
 using testing::SyntheticModel;
 using testing::SyntheticShape;
-
-// A child process with its standard error in a file.
-class Program {
- public:
-  explicit Program(std::vector<std::string> args) {
-    static int count = 0;
-    log_ = ::testing::TempDir() + "/tandem_expert_log_" + std::to_string(getpid()) + "_" +
-           std::to_string(count++);
-    const std::string binary = std::string(std::getenv("TANDEM_BINARY_DIR")) + "/bin/tandem-expert";
-    args.insert(args.begin(), binary);
-    std::vector<char*> argv;
-    for (std::string& arg : args) argv.push_back(arg.data());
-    argv.push_back(nullptr);
-    child_ = fork();
-    if (child_ == 0) {
-      if (freopen(log_.c_str(), "w", stderr) == nullptr) _exit(99);
-      execv(binary.c_str(), argv.data());
-      _exit(98);
-    }
-  }
-  ~Program() {
-    if (child_ > 0) {
-      kill(child_, SIGKILL);
-      waitpid(child_, nullptr, 0);
-    }
-    std::filesystem::remove(log_);
-  }
-  void Signal(int signal) { kill(child_, signal); }
-  int ExitCode() {
-    int status = 0;
-    waitpid(child_, &status, 0);
-    child_ = -1;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-  }
-  std::string Log() const {
-    std::ostringstream text;
-    text << std::ifstream(log_).rdbuf();
-    return text.str();
-  }
-
- private:
-  std::string log_;
-  pid_t child_ = -1;
-};
 
 class ProcessTest : public ::testing::Test {
  protected:
@@ -77,25 +31,26 @@ class ProcessTest : public ::testing::Test {
 TEST_F(ProcessTest, ServesUntilSigterm) {
   const SyntheticModel model(SyntheticShape{});
   for (const int signal : {SIGTERM, SIGINT}) {
-    Program program({"--model", model.path(), "--listen", socket_, "--threads", "2"});
+    Process program("tandem-expert", {"--model", model.path(), "--listen", socket_, "--threads", "2"});
     auto channel = rpc::Connect(socket_);
     ASSERT_TRUE(channel.ok());
     const absl::Status serving = rpc::WaitServing(**channel, socket_, absl::Seconds(30));
-    EXPECT_TRUE(serving.ok()) << serving << "\n" << program.Log();
+    EXPECT_TRUE(serving.ok()) << serving << "\n" << program.Output();
     program.Signal(signal);
-    EXPECT_EQ(program.ExitCode(), 0) << program.Log();
-    EXPECT_THAT(program.Log(), HasSubstr("loaded synthetic"));
+    EXPECT_EQ(program.Wait(), 0) << program.Output();
+    EXPECT_THAT(program.Output(), HasSubstr("loaded synthetic"));
   }
 }
 
 TEST_F(ProcessTest, SimulatedNumaNode) {
   const SyntheticModel model(SyntheticShape{});
-  Program program({"--model", model.path(), "--listen", socket_, "--numa-nodes", "2", "--numa-node", "1"});
+  Process program("tandem-expert",
+                  {"--model", model.path(), "--listen", socket_, "--numa-nodes", "2", "--numa-node", "1"});
   auto channel = rpc::Connect(socket_);
   ASSERT_TRUE(channel.ok());
-  EXPECT_TRUE(rpc::WaitServing(**channel, socket_, absl::Seconds(30)).ok()) << program.Log();
+  EXPECT_TRUE(rpc::WaitServing(**channel, socket_, absl::Seconds(30)).ok()) << program.Output();
   program.Signal(SIGTERM);
-  EXPECT_EQ(program.ExitCode(), 0);
+  EXPECT_EQ(program.Wait(), 0);
 }
 
 TEST_F(ProcessTest, FailuresEndWithOneAndSayWhy) {
@@ -110,16 +65,16 @@ TEST_F(ProcessTest, FailuresEndWithOneAndSayWhy) {
       {{"--model", model.path(), "--listen", "127.0.0.1:0", "--tls-cert", "/no/cert", "--tls-key", "/no/key"},
        "/no/cert"}};
   for (const auto& [args, expected] : cases) {
-    Program program(args);
-    EXPECT_EQ(program.ExitCode(), 1) << expected;
-    EXPECT_THAT(program.Log(), HasSubstr(expected));
+    Process program("tandem-expert", args);
+    EXPECT_EQ(program.Wait(), 1) << expected;
+    EXPECT_THAT(program.Output(), HasSubstr(expected));
   }
 }
 
 TEST_F(ProcessTest, UnknownFlagEndsWithTwo) {
-  Program program({"--model", "m", "--modle", "m"});
-  EXPECT_EQ(program.ExitCode(), 2);
-  EXPECT_THAT(program.Log(), HasSubstr("--modle"));
+  Process program("tandem-expert", {"--model", "m", "--modle", "m"});
+  EXPECT_EQ(program.Wait(), 2);
+  EXPECT_THAT(program.Output(), HasSubstr("--modle"));
 }
 
 }  // namespace

@@ -9,11 +9,13 @@
 
 #include "common/gguf/gguf.h"
 #include "common/model/tensors.h"
+#include "common/testing/process.h"
 #include "common/topology/limits.h"
-#include "tests/integration/process.h"
 
 namespace tandem::integration {
 namespace {
+
+using testing::DemoModel;
 
 std::string ReadFile(const std::string& path) {
   std::ostringstream out;

@@ -10,11 +10,17 @@
 #include <fstream>
 #include <sstream>
 
-#include "tests/integration/process.h"
+#include "common/testing/process.h"
 #include "tests/integration/rest_client.h"
 
 namespace tandem::integration {
 namespace {
+
+using testing::BinaryPath;
+using testing::DemoModel;
+using testing::Process;
+using testing::TempFolder;
+using testing::WaitUntil;
 
 using ::testing::AnyOf;
 using ::testing::Eq;

@@ -4,10 +4,12 @@
 #include <regex>
 #include <stdexcept>
 
-#include "tests/integration/process.h"
+#include "common/testing/process.h"
 
 namespace tandem::integration {
 namespace {
+
+using testing::SourcePath;
 
 constexpr char kEos[] = "<｜end▁of▁sentence｜>";
 

@@ -5,10 +5,12 @@
 #include <sstream>
 
 #include "cli/util/sse.h"
-#include "tests/integration/process.h"
+#include "common/testing/process.h"
 
 namespace tandem::integration {
 namespace {
+
+using testing::kPatience;
 
 std::string ErrorField(const Json& body, const char* field) {
   if (!body.is_object() || !body.contains("error") || !body["error"].is_object()) return "";

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/integration/process.h"
+#include "common/testing/process.h"
 #include "tests/integration/rest_client.h"
 
 namespace grpc {
@@ -15,6 +15,14 @@ class Channel;
 }
 
 namespace tandem::integration {
+
+using testing::BinaryPath;
+using testing::DemoModel;
+using testing::kPatience;
+using testing::Process;
+using testing::SourcePath;
+using testing::TempFolder;
+using testing::WaitUntil;
 
 struct StackOptions {
   std::string model = DemoModel();

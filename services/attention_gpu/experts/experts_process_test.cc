@@ -2,20 +2,18 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <random>
-#include <sstream>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/gguf/gguf.h"
+#include "common/testing/process.h"
 #include "common/threading/thread_pool.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/round_trip.h"
@@ -23,91 +21,15 @@
 namespace tandem::attention {
 namespace {
 
+using tandem::testing::DemoModel;
+using tandem::testing::Process;
 using ::testing::HasSubstr;
-
-std::string Environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
-
-std::string ModelPath() { return Environment("TANDEM_SOURCE_DIR") + "/models/tinyr1-Q4_K_M.gguf"; }
-
-// A child process with its output in a file.
-class Program {
- public:
-  Program(const std::string& name, std::vector<std::string> args) {
-    static int count = 0;
-    log_ = absl::StrCat(::testing::TempDir(), "/", name, "_", getpid(), "_", count++, ".log");
-    const std::string binary = Environment("TANDEM_BINARY_DIR") + "/bin/" + name;
-    args.insert(args.begin(), binary);
-    std::vector<char*> argv;
-    for (std::string& arg : args) argv.push_back(arg.data());
-    argv.push_back(nullptr);
-    const std::string log = log_;
-    child_ = fork();
-    if (child_ == 0) {
-      if (freopen(log.c_str(), "w", stderr) == nullptr) _exit(99);
-      execv(binary.c_str(), argv.data());
-      _exit(98);
-    }
-  }
-  ~Program() {
-    Kill();
-    std::filesystem::remove(log_);
-  }
-  void Signal(int signal) const { kill(child_, signal); }
-  // Returns when every thread of it has stopped: the signal alone leaves them time to answer one more call.
-  void Stop() const {
-    kill(child_, SIGSTOP);
-    int status = 0;
-    waitpid(child_, &status, WUNTRACED);
-  }
-  void Kill() {
-    if (child_ <= 0) return;
-    kill(child_, SIGKILL);
-    waitpid(child_, nullptr, 0);
-    child_ = -1;
-  }
-  int ExitCode() {
-    int status = 0;
-    waitpid(child_, &status, 0);
-    child_ = -1;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-  }
-  std::string Log() const {
-    std::ostringstream text;
-    text << std::ifstream(log_).rdbuf();
-    return text.str();
-  }
-  bool WaitForLog(const std::string& what) const {
-    const absl::Time end = absl::Now() + absl::Seconds(30);
-    while (absl::Now() < end) {
-      if (Log().find(what) != std::string::npos) return true;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return false;
-  }
-  // Seconds of CPU that it has used.
-  double CpuSeconds() const {
-    std::ifstream in(absl::StrCat("/proc/", child_, "/stat"));
-    std::string field;
-    double ticks = 0;
-    for (int i = 1; i <= 15 && in >> field; ++i) {
-      if (i >= 14) ticks += std::atof(field.c_str());
-    }
-    return ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
-  }
-
- private:
-  std::string log_;
-  pid_t child_ = -1;
-};
 
 class ExpertsProcessTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (Environment("TANDEM_BINARY_DIR").empty()) GTEST_SKIP() << "TANDEM_BINARY_DIR is not set";
-    auto file = gguf::File::Open(ModelPath());
+    if (std::getenv("TANDEM_BINARY_DIR") == nullptr) GTEST_SKIP() << "TANDEM_BINARY_DIR is not set";
+    auto file = gguf::File::Open(DemoModel());
     ASSERT_TRUE(file.ok()) << file.status();
     fingerprint_ = (*file)->Fingerprint();
     auto config = model::ReadModelConfig(**file, "auto");
@@ -118,10 +40,10 @@ class ExpertsProcessTest : public ::testing::Test {
   std::string Address(int i) const {
     return absl::StrCat("unix:", ::testing::TempDir(), "/tandem_ring_", getpid(), "_", i, ".sock");
   }
-  std::unique_ptr<Program> StartExpert(int i, std::vector<std::string> more = {}) const {
-    std::vector<std::string> args = {"--model", ModelPath(), "--listen", Address(i), "--threads", "2"};
+  std::unique_ptr<Process> StartExpert(int i, std::vector<std::string> more = {}) const {
+    std::vector<std::string> args = {"--model", DemoModel(), "--listen", Address(i), "--threads", "2"};
     args.insert(args.end(), more.begin(), more.end());
-    return std::make_unique<Program>("tandem-expert", args);
+    return std::make_unique<Process>("tandem-expert", args);
   }
   absl::StatusOr<std::unique_ptr<ExpertGroup>> Connect(int processes, ExpertTransport transport,
                                                        absl::Duration timeout = absl::Seconds(60),
@@ -280,7 +202,7 @@ TEST_F(ExpertsProcessTest, ExpertKilledAtEachStageComesBack) {
     EXPECT_FALSE(Call(**group, 3, 7).ok()) << "not before Recover";
     expert = StartExpert(0);
     const absl::Status back = Recover(**group);
-    ASSERT_TRUE(back.ok()) << back << expert->Log();
+    ASSERT_TRUE(back.ok()) << back << expert->Output();
     EXPECT_EQ(*Call(**group, 3, 7), *want);
   }
 }
@@ -309,7 +231,7 @@ TEST_F(ExpertsProcessTest, AnExpertThatIsToldToStopEndsItsSessions) {
   ASSERT_TRUE(Call(**group, 3, 7).ok());
   const absl::Time before = absl::Now();
   expert->Signal(SIGTERM);
-  EXPECT_EQ(expert->ExitCode(), 0) << expert->Log();
+  EXPECT_EQ(expert->Wait(), 0) << expert->Output();
   EXPECT_LT(absl::Now() - before, absl::Seconds(9));
   EXPECT_TRUE(absl::IsUnavailable(Call(**group, 3, 7).status()));
   EXPECT_FALSE(std::filesystem::exists(Address(0).substr(5) + ".ring"));
@@ -323,14 +245,14 @@ TEST_F(ExpertsProcessTest, ClientKilledIsForgottenAndOthersGoOn) {
   const auto want = Call(**group, 3, 7);
   ASSERT_TRUE(want.ok());
   for (int i = 0; i < 2; ++i) {
-    Program client("tandem-attention", {"--model", ModelPath(), "--listen", "127.0.0.1:0", "--metrics-listen",
+    Process client("tandem-attention", {"--model", DemoModel(), "--listen", "127.0.0.1:0", "--metrics-listen",
                                         "", "--expert", Address(0), "--expert-transport", "ring"});
-    ASSERT_TRUE(client.WaitForLog("ready after")) << client.Log();
-    EXPECT_THAT(client.Log(), HasSubstr("calls through shared memory"));
+    ASSERT_TRUE(client.WaitForOutput("ready after").has_value()) << client.Output();
+    EXPECT_THAT(client.Output(), HasSubstr("calls through shared memory"));
     EXPECT_EQ(*Call(**group, 3, 7), *want) << "two clients at once";
     client.Kill();
   }
-  EXPECT_TRUE(expert->WaitForLog("a client's session ended"));
+  EXPECT_TRUE(expert->WaitForOutput("a client's session ended").has_value());
   EXPECT_EQ(*Call(**group, 3, 7), *want);
 }
 

@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-namespace tandem::integration {
+namespace tandem::testing {
 
 // Generous: the machine may be shared and slow. Nothing waits longer than it has to.
 inline constexpr std::chrono::seconds kPatience{60};
@@ -49,10 +49,15 @@ class Process {
 
   pid_t pid() const { return pid_; }
   void Signal(int number);
+  // SIGSTOP, and waits until every thread of it has stopped: the signal alone leaves them time to go on a
+  // little.
+  void Stop();
   // SIGKILL, and waits for the end.
   void Kill();
   // The exit code, or minus the number of the signal that ended it; nullopt: it still runs after `patience`.
   std::optional<int> Wait(std::chrono::milliseconds patience = kPatience);
+
+  double CpuSeconds() const;  // that it has used so far
 
   std::string Output() const;  // both streams as they came
   std::string Stdout() const;
@@ -84,4 +89,4 @@ bool WaitUntil(Condition condition, std::chrono::milliseconds patience = kPatien
   return true;
 }
 
-}  // namespace tandem::integration
+}  // namespace tandem::testing

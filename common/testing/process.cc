@@ -1,4 +1,4 @@
-#include "tests/integration/process.h"
+#include "common/testing/process.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -9,12 +9,13 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <regex>
 #include <stdexcept>
 
 extern char** environ;
 
-namespace tandem::integration {
+namespace tandem::testing {
 namespace {
 
 std::string Environment(const char* name) {
@@ -30,6 +31,8 @@ std::vector<char*> Pointers(std::vector<std::string>& words) {
   return out;
 }
 
+int ExitOf(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status); }
+
 }  // namespace
 
 std::string BinaryPath(const std::string& name) { return Environment("TANDEM_BINARY_DIR") + "/bin/" + name; }
@@ -37,7 +40,7 @@ std::string SourcePath(const std::string& path) { return Environment("TANDEM_SOU
 std::string DemoModel() { return SourcePath("models/tinyr1-Q4_K_M.gguf"); }
 
 TempFolder::TempFolder() {
-  char name[] = "/tmp/tandem_it_XXXXXX";
+  char name[] = "/tmp/tandem_XXXXXX";
   if (mkdtemp(name) == nullptr) throw std::runtime_error("mkdtemp failed");
   path_ = name;
 }
@@ -114,6 +117,14 @@ void Process::Signal(int number) {
   if (!exit_.has_value()) kill(pid_, number);
 }
 
+void Process::Stop() {
+  const std::lock_guard lock(wait_mutex_);
+  if (exit_.has_value()) return;
+  kill(pid_, SIGSTOP);
+  int status = 0;
+  if (waitpid(pid_, &status, WUNTRACED) == pid_ && !WIFSTOPPED(status)) exit_ = ExitOf(status);
+}
+
 void Process::Kill() {
   Signal(SIGKILL);
   Wait();
@@ -126,12 +137,23 @@ std::optional<int> Process::Wait(std::chrono::milliseconds patience) {
         if (exit_.has_value()) return true;
         int status = 0;
         if (waitpid(pid_, &status, WNOHANG) != pid_) return false;
-        exit_ = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+        exit_ = ExitOf(status);
         return true;
       },
       patience);
   const std::lock_guard lock(wait_mutex_);
   return exit_;
+}
+
+double Process::CpuSeconds() const {
+  // utime and stime are the 14th and 15th field; the 2nd, the name, has no spaces in our programs.
+  std::ifstream stat("/proc/" + std::to_string(pid_) + "/stat");
+  std::string field;
+  double ticks = 0;
+  for (int i = 1; i <= 15 && stat >> field; ++i) {
+    if (i >= 14) ticks += std::strtod(field.c_str(), nullptr);
+  }
+  return ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
 }
 
 std::string Process::Output() const {
@@ -165,4 +187,4 @@ std::optional<std::string> Process::WaitForOutput(const std::string& regex,
   return found;
 }
 
-}  // namespace tandem::integration
+}  // namespace tandem::testing
