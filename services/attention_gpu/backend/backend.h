@@ -1,6 +1,7 @@
 // What the scheduler asks of a device: run one step over a batch of token rows. Rooms: cpu/ and cuda/.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -17,10 +18,12 @@ namespace tandem::attention {
 struct StepSequence {
   int32_t first = 0;  // index of its first token in StepBatch::tokens
   int32_t count = 0;
-  int32_t position = 0;                    // of the first token in its sequence
-  std::span<const int32_t> pages;          // page i holds positions [i * page_tokens, (i + 1) * page_tokens)
-  bool sample = false;                     // choose a token after the last of these
-  const SamplingParams* params = nullptr;  // if sample
+  int32_t position = 0;  // of the first token in its sequence
+  // Page i holds positions [i * page_tokens, (i + 1) * page_tokens). Sequences may have pages in common, but
+  // not those that the step writes.
+  std::span<const int32_t> pages;
+  bool sample = false;                                           // choose a token after the last of these
+  const SamplingParams* params = nullptr;                        // if sample
   const std::unordered_map<int32_t, int32_t>* counts = nullptr;  // if sample: generated tokens, for penalties
 };
 
@@ -57,6 +60,13 @@ class Backend {
   // step wrote is changed, and the same step may be asked for again: positions already written are written
   // over. Unavailable: the experts are gone; see RecoverExperts.
   virtual absl::Status Step(const StepBatch& batch, StepResult* result) = 0;
+
+  // The contents of a page, all layers, as bytes of the backend's own layout: what CopyPageOut wrote,
+  // CopyPageIn puts back, into the same page or another one, bit for bit. Between steps; the next step sees
+  // the page. A page that could not be copied in is undefined.
+  virtual int64_t page_bytes() const = 0;
+  virtual absl::Status CopyPageOut(int32_t page, std::span<std::byte> to) = 0;
+  virtual absl::Status CopyPageIn(std::span<const std::byte> from, int32_t page) = 0;
 
   // Attaches anew to experts that were lost, waiting up to `patience`. OK if all are there.
   virtual absl::Status RecoverExperts(absl::Duration patience) = 0;

@@ -1,64 +1,47 @@
 #include "services/attention_gpu/scheduler/scheduler.h"
 
 #include <algorithm>
-#include <deque>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
-#include "common/base/check.h"
 #include "common/base/status_macros.h"
-#include "services/attention_gpu/kv/page_allocator.h"
+#include "services/attention_gpu/scheduler/planner.h"
+#include "services/attention_gpu/scheduler/sequence.h"
 
 namespace tandem::attention {
 namespace {
 
-struct Sequence {
-  uint64_t number = 0;
-  SequenceRequest request;
-  EventCallback callback;
-  std::vector<int32_t> tokens;  // prompt and generated
-  int32_t computed = 0;         // tokens whose cache entries are written
-  int32_t limit = 0;            // tokens at which it ends by length
-  std::vector<int32_t> pages;
-  std::unordered_map<int32_t, int32_t> counts;  // generated tokens
-  int32_t generated = 0;
-  absl::Time arrived, started = absl::InfiniteFuture(), first_token, last_token;
+using Lock = std::unique_lock<std::mutex>;
 
-  int32_t remaining() const { return static_cast<int32_t>(tokens.size()) - computed; }
-  bool decoding() const { return generated > 0 && remaining() == 1; }
-};
-using SequencePtr = std::unique_ptr<Sequence>;
-
-SequenceStatistics StatisticsOf(const Sequence& s) {
-  SequenceStatistics out;
-  out.prompt_tokens = static_cast<int32_t>(s.request.prompt.size());
-  out.generated_tokens = s.generated;
-  if (s.started != absl::InfiniteFuture()) out.queued = s.started - s.arrived;
-  if (s.generated > 0) {
-    out.prefill = s.first_token - s.started;
-    out.decode = s.last_token - s.first_token;
-  }
-  return out;
-}
+constexpr absl::Duration kRecoverySlice = absl::Seconds(1);
+constexpr absl::Duration kRecoveryPause = absl::Milliseconds(50);
 
 bool IsLoss(const absl::Status& s) { return absl::IsUnavailable(s) || absl::IsDeadlineExceeded(s); }
+
+double Seconds(std::chrono::steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
 }  // namespace
 
 class Scheduler::Loop {
  public:
-  Loop(const SchedulerOptions& options, Backend& backend)
-      : options_(options), backend_(backend), pages_(backend.page_count()), thread_([this] { Run(); }) {}
+  Loop(const SchedulerOptions& options, Backend& backend, HostPages host)
+      : options_(options), backend_(backend), planner_(options, backend, std::move(host)) {
+    Publish();
+    thread_ = std::thread([this] { Run(); });
+  }
 
   ~Loop() {
     {
-      absl::MutexLock lock(&mutex_);
+      Lock lock(mutex_);
       stop_ = true;
     }
+    wake_.notify_all();
     thread_.join();
   }
 
@@ -73,40 +56,46 @@ class Scheduler::Loop {
     s->request = std::move(request);
     s->callback = std::move(callback);
     s->arrived = absl::Now();
-    absl::MutexLock lock(&mutex_);
-    if (draining_ || stop_) return absl::UnavailableError("the engine is shutting down");
-    if (live_ >= options_.max_batch_size + options_.max_waiting) {
-      return absl::ResourceExhaustedError(absl::StrCat("the queue is full: ", options_.max_batch_size,
-                                                       " sequences run and ", options_.max_waiting, " wait"));
+    uint64_t number = 0;
+    {
+      Lock lock(mutex_);
+      if (draining_ || stop_) return absl::UnavailableError("the engine is shutting down");
+      if (live_ >= options_.max_batch_size + options_.max_waiting) {
+        return absl::ResourceExhaustedError(absl::StrCat("the queue is full: ", options_.max_batch_size,
+                                                         " sequences run and ", options_.max_waiting,
+                                                         " wait"));
+      }
+      ++live_;
+      number = s->number = ++last_number_;
+      inbox_.push_back(std::move(s));
     }
-    ++live_;
-    s->number = ++last_number_;
-    const uint64_t number = s->number;
-    inbox_.push_back(std::move(s));
+    wake_.notify_all();
     return number;
   }
 
   void Cancel(uint64_t number) {
-    absl::MutexLock lock(&mutex_);
-    cancels_.push_back(number);
+    {
+      Lock lock(mutex_);
+      cancels_.push_back(number);
+    }
+    wake_.notify_all();
   }
 
   bool Drain(absl::Duration patience) {
-    absl::MutexLock lock(&mutex_);
+    Lock lock(mutex_);
     draining_ = true;
-    auto empty = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return live_ == 0; };
-    return mutex_.AwaitWithTimeout(absl::Condition(&empty), patience);
+    return empty_.wait_for(lock, absl::ToChronoNanoseconds(patience), [this] { return live_ == 0; });
   }
 
   SchedulerSnapshot Snapshot() const {
-    absl::MutexLock lock(&mutex_);
+    Lock lock(mutex_);
     SchedulerSnapshot s = snapshot_;
     s.waiting = static_cast<int32_t>(live_) - s.running;
     return s;
   }
 
   void OnHealthChange(std::function<void(bool)> callback) {
-    absl::MutexLock lock(&mutex_);
+    Lock lock(mutex_);
     on_health_ = std::move(callback);
   }
 
@@ -128,182 +117,107 @@ class Scheduler::Loop {
     if (r.resumed_tokens < 0 || r.resumed_tokens > static_cast<int64_t>(r.prompt.size())) {
       return absl::InvalidArgumentError("resumed_tokens is larger than the prompt");
     }
+    if (r.deadline <= absl::Now()) return absl::DeadlineExceededError("the deadline has passed already");
     return Validate(r.sampling, options_.vocab_size);
   }
 
   void Run() {
-    for (;;) {
-      if (!TakeInbox()) break;
-      StepBatch batch;
-      Plan(batch);
-      if (batch.sequences.empty()) continue;
-      StepResult result;
-      const absl::Status status = StepWithRecovery(batch, result);
-      if (status.ok()) {
-        Commit(batch, result);
-      } else {
-        for (Sequence* s : planned_) Fail(s, status);
+    while (TakeInbox()) {
+      DropLate();
+      if (lost_) {
+        Recover();
+        continue;
       }
-      planned_.clear();
+      if (planner_.idle()) continue;
+      const Plan plan = planner_.Next();
+      Publish();
+      StepResult result;
+      const auto begin = std::chrono::steady_clock::now();
+      const absl::Status status = backend_.Step(plan.batch, &result);
+      if (status.ok()) {
+        lost_since_.reset();
+        planner_.Done(plan, Seconds(std::chrono::steady_clock::now() - begin));
+        Commit(plan, result);
+      } else if (IsLoss(status)) {
+        Lose(status);
+      } else {
+        for (const Sequence* s : plan.sequences) Fail(s->number, status);
+      }
       Publish();
     }
-    for (auto& s : waiting_) Deliver(*s, {}, FinishReason::kNone, absl::CancelledError("the engine stopped"));
-    for (auto& s : running_) Deliver(*s, {}, FinishReason::kNone, absl::CancelledError("the engine stopped"));
+    const auto all = planner_.Select([](const Sequence&) { return true; });
+    for (uint64_t number : all) Fail(number, absl::CancelledError("the engine stopped"));
   }
 
   // New sequences and cancellations; waits while there is nothing to do. False: stop.
   bool TakeInbox() {
+    std::vector<SequencePtr> inbox;
     std::vector<uint64_t> cancels;
+    bool stop;
     {
-      absl::MutexLock lock(&mutex_);
-      auto wake = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-        return stop_ || !inbox_.empty() || !cancels_.empty();
-      };
-      if (running_.empty() && waiting_.empty()) mutex_.Await(absl::Condition(&wake));
-      if (stop_) {
-        for (auto& s : inbox_) waiting_.push_back(std::move(s));
-        inbox_.clear();
-        return false;
+      Lock lock(mutex_);
+      if (planner_.idle() && !lost_) {
+        wake_.wait(lock, [this] { return stop_ || !inbox_.empty() || !cancels_.empty(); });
       }
-      for (auto& s : inbox_) waiting_.push_back(std::move(s));
-      inbox_.clear();
+      inbox.swap(inbox_);
       cancels.swap(cancels_);
+      stop = stop_;
     }
+    for (auto& s : inbox) planner_.Enqueue(std::move(s));
     for (uint64_t number : cancels) Drop(number);
-    if (!cancels.empty()) Publish();
-    return true;
+    return !stop;
   }
 
-  void Drop(uint64_t number) {
-    auto is_it = [number](const SequencePtr& s) { return s->number == number; };
-    if (auto it = std::find_if(running_.begin(), running_.end(), is_it); it != running_.end()) {
-      pages_.Release((*it)->pages);
-      running_.erase(it);
-      Ended();
-    } else if (auto w = std::find_if(waiting_.begin(), waiting_.end(), is_it); w != waiting_.end()) {
-      waiting_.erase(w);
-      Ended();
+  void DropLate() {
+    const absl::Time now = absl::Now();
+    for (uint64_t number : planner_.Select([now](const Sequence& s) { return s.request.deadline <= now; })) {
+      Fail(number, absl::DeadlineExceededError("the request's deadline has passed"));
     }
   }
 
-  // After the sequence has left its list, so that nobody sees it gone and still running.
-  void Ended() {
-    absl::MutexLock lock(&mutex_);
-    --live_;
-    snapshot_.running = static_cast<int32_t>(running_.size());
+  // A step failed because experts are gone. Nothing of it is kept: the next one is planned anew.
+  void Lose(const absl::Status& status) {
+    lost_ = true;
+    loss_ = status;
+    if (!lost_since_) lost_since_ = absl::Now();
+    SetHealth(false);
+    FailImpatient();
   }
 
-  // Makes sure that `s` has pages for its first `tokens` tokens; sequences that came later give theirs up.
-  bool Reserve(Sequence& s, int32_t tokens) {
-    const int32_t page_tokens = backend_.page_tokens();
-    const int32_t needed = (tokens + page_tokens - 1) / page_tokens - static_cast<int32_t>(s.pages.size());
-    if (needed <= 0) return true;
-    while (!pages_.Allocate(needed, s.pages)) {
-      if (!PreemptLaterThan(s.number)) return false;
-    }
-    return true;
-  }
-
-  // Takes the pages of the latest comer that is later than `number` and not yet in this step; it will be
-  // computed again from its tokens.
-  bool PreemptLaterThan(uint64_t number) {
-    auto victim = running_.end();
-    for (auto it = running_.begin(); it != running_.end(); ++it) {
-      if ((*it)->number <= number) continue;
-      if (std::find(planned_.begin(), planned_.end(), it->get()) != planned_.end()) continue;
-      if (victim == running_.end() || (*it)->number > (*victim)->number) victim = it;
-    }
-    if (victim == running_.end()) return false;
-    pages_.Release((*victim)->pages);
-    (*victim)->computed = 0;
-    auto at = std::find_if(waiting_.begin(), waiting_.end(),
-                           [&](const SequencePtr& w) { return w->number > (*victim)->number; });
-    waiting_.insert(at, std::move(*victim));
-    running_.erase(victim);
-    ++preemptions_;
-    return true;
-  }
-
-  void Add(Sequence& s, int32_t count, StepBatch& batch) {
-    StepSequence out;
-    out.first = static_cast<int32_t>(batch.tokens.size());
-    out.count = count;
-    out.position = s.computed;
-    out.pages = s.pages;
-    out.sample = count == s.remaining();
-    out.params = &s.request.sampling;
-    out.counts = &s.counts;
-    batch.tokens.insert(batch.tokens.end(), s.tokens.begin() + s.computed,
-                        s.tokens.begin() + s.computed + count);
-    batch.sequences.push_back(out);
-    planned_.push_back(&s);
-  }
-
-  // Running sequences are kept in order of arrival, and so are the waiting ones.
-  void Plan(StepBatch& batch) {
-    planned_.clear();
-    for (size_t i = 0; i < running_.size(); ++i) {
-      Sequence& s = *running_[i];
-      if (s.decoding() && Reserve(s, s.computed + 1)) Add(s, 1, batch);
-    }
-    const bool mixed = !batch.tokens.empty();
-    int32_t budget = std::min(mixed ? options_.mixed_chunk_size : options_.chunk_size,
-                              backend_.max_step_tokens() - static_cast<int32_t>(batch.tokens.size()));
-    for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
-      Sequence& s = *running_[i];
-      if (!s.decoding()) budget -= AddChunk(s, budget, batch);
-    }
-    while (budget > 0 && !waiting_.empty() &&
-           static_cast<int32_t>(running_.size()) < options_.max_batch_size) {
-      Sequence& s = *waiting_.front();
-      // A newcomer takes free pages only: it must not push out those that run.
-      const int32_t page_tokens = backend_.page_tokens();
-      const int32_t first = std::min(budget, s.remaining());
-      if ((first + page_tokens - 1) / page_tokens > pages_.free()) break;
-      if (s.started == absl::InfiniteFuture()) s.started = absl::Now();
-      running_.push_back(std::move(waiting_.front()));
-      waiting_.pop_front();
-      std::sort(running_.begin(), running_.end(),
-                [](const SequencePtr& a, const SequencePtr& b) { return a->number < b->number; });
-      budget -= AddChunk(s, budget, batch);
+  // Looks for the experts, whether anybody waits for them or not: who asks for the engine's health is to see
+  // them come back. In slices, so that neither a stop nor cancellations wait for experts that never come.
+  void Recover() {
+    const absl::Time begin = absl::Now();
+    const absl::Status back = backend_.RecoverExperts(kRecoverySlice);
+    if (back.ok()) {
+      lost_ = false;
+      ++recoveries_;
+      SetHealth(true);
+    } else {
+      loss_ = Annotate(back, "the experts are lost");
+      FailImpatient();
+      Lock lock(mutex_);  // not in a hot loop if the backend gives up at once
+      wake_.wait_for(lock, absl::ToChronoNanoseconds(kRecoveryPause - (absl::Now() - begin)),
+                     [this] { return stop_ || !inbox_.empty() || !cancels_.empty(); });
     }
     Publish();
   }
 
-  int32_t AddChunk(Sequence& s, int32_t budget, StepBatch& batch) {
-    const int32_t count = std::min(budget, s.remaining());
-    if (!Reserve(s, s.computed + count)) return 0;
-    Add(s, count, batch);
-    return count;
-  }
-
-  absl::Status StepWithRecovery(const StepBatch& batch, StepResult& result) {
-    absl::Status status = backend_.Step(batch, &result);
-    const absl::Time deadline = absl::Now() + options_.expert_patience;
-    while (!status.ok() && IsLoss(status)) {
-      SetHealth(false);
-      // In slices, so that a stop does not wait for experts that never come.
-      const absl::Status back = backend_.RecoverExperts(std::min(deadline - absl::Now(), absl::Seconds(1)));
-      if (back.ok()) {
-        ++recoveries_;
-        SetHealth(true);
-        status = backend_.Step(batch, &result);
-        continue;
-      }
-      absl::MutexLock lock(&mutex_);
-      if (stop_ || absl::Now() >= deadline) {
-        return absl::UnavailableError(absl::StrCat(status.message(), "; not back within ",
-                                                   absl::FormatDuration(options_.expert_patience), ": ",
-                                                   back.message()));
-      }
+  // Those that no step has worked for during the whole patience. A step that works ends the loss; experts
+  // that come back only to be lost again do not.
+  void FailImpatient() {
+    const absl::Time latest = absl::Now() - options_.expert_patience;
+    if (*lost_since_ > latest) return;
+    for (uint64_t number : planner_.Select([latest](const Sequence& s) { return s.arrived <= latest; })) {
+      Fail(number, absl::UnavailableError(absl::StrCat(loss_.message(), "; not back within ",
+                                                       absl::FormatDuration(options_.expert_patience))));
     }
-    return status;
   }
 
   void SetHealth(bool healthy) {
     std::function<void(bool)> callback;
     {
-      absl::MutexLock lock(&mutex_);
+      Lock lock(mutex_);
       if (snapshot_.healthy == healthy) return;
       snapshot_.healthy = healthy;
       callback = on_health_;
@@ -311,21 +225,16 @@ class Scheduler::Loop {
     if (callback) callback(healthy);
   }
 
-  void Commit(const StepBatch& batch, StepResult& result) {
+  void Commit(const Plan& plan, StepResult& result) {
     const absl::Time now = absl::Now();
-    for (size_t i = 0; i < planned_.size(); ++i) {
-      Sequence& s = *planned_[i];
-      const StepSequence& step = batch.sequences[i];
-      s.computed += step.count;
-      prompt_tokens_ += step.count;
-      if (!step.sample) continue;
-      --prompt_tokens_;
+    for (size_t i = 0; i < plan.sequences.size(); ++i) {
+      Sequence& s = *plan.sequences[i];
+      const bool decoded = static_cast<int32_t>(i) < plan.decoding;
+      if (!decoded) prompt_tokens_ += plan.batch.sequences[i].count;
+      if (!plan.batch.sequences[i].sample) continue;
       ++generated_tokens_;
       SampledToken token = std::move(result.sampled[i]);
-      if (s.generated++ == 0) {
-        s.first_token = now;
-        ++prompt_tokens_;
-      }
+      if (s.generated++ == 0) s.first_token = now;
       s.last_token = now;
       s.tokens.push_back(token.token);
       ++s.counts[token.token];
@@ -343,9 +252,23 @@ class Scheduler::Loop {
     }
   }
 
-  void Fail(Sequence* s, const absl::Status& status) {
-    Deliver(*s, {}, FinishReason::kNone, status);
-    Drop(s->number);
+  void Fail(uint64_t number, const absl::Status& status) {
+    if (const SequencePtr s = planner_.Remove(number)) {
+      Deliver(*s, {}, FinishReason::kNone, status);
+      Ended();
+    }
+  }
+
+  void Drop(uint64_t number) {
+    if (planner_.Remove(number)) Ended();
+  }
+
+  // After the sequence has left its list, so that nobody sees it gone and still running.
+  void Ended() {
+    Lock lock(mutex_);
+    --live_;
+    planner_.Describe(snapshot_);
+    if (live_ == 0) empty_.notify_all();
   }
 
   static void Deliver(Sequence& s, std::vector<SampledToken> tokens, FinishReason finish,
@@ -359,43 +282,58 @@ class Scheduler::Loop {
   }
 
   void Publish() {
-    absl::MutexLock lock(&mutex_);
-    snapshot_.running = static_cast<int32_t>(running_.size());
-    snapshot_.kv_used_ratio =
-        pages_.total() > 0 ? 1.0 - static_cast<double>(pages_.free()) / pages_.total() : 0.0;
+    Lock lock(mutex_);
+    planner_.Describe(snapshot_);
     snapshot_.prompt_tokens = prompt_tokens_;
     snapshot_.generated_tokens = generated_tokens_;
-    snapshot_.preemptions = preemptions_;
     snapshot_.expert_recoveries = recoveries_;
   }
 
   const SchedulerOptions options_;
   Backend& backend_;
 
-  mutable absl::Mutex mutex_;
-  std::deque<SequencePtr> inbox_ ABSL_GUARDED_BY(mutex_);
-  std::vector<uint64_t> cancels_ ABSL_GUARDED_BY(mutex_);
-  uint64_t last_number_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t live_ ABSL_GUARDED_BY(mutex_) = 0;  // accepted and not ended
-  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
-  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
-  SchedulerSnapshot snapshot_ ABSL_GUARDED_BY(mutex_);
-  std::function<void(bool)> on_health_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;   // for the thread: something came in
+  std::condition_variable empty_;  // for Drain: the last sequence ended
+  std::vector<SequencePtr> inbox_;
+  std::vector<uint64_t> cancels_;
+  uint64_t last_number_ = 0;
+  int64_t live_ = 0;  // accepted and not ended
+  bool draining_ = false;
+  bool stop_ = false;
+  SchedulerSnapshot snapshot_;
+  std::function<void(bool)> on_health_;
 
   // The thread's own.
-  PageAllocator pages_;
-  std::deque<SequencePtr> waiting_;
-  std::vector<SequencePtr> running_;
-  std::vector<Sequence*> planned_;  // the sequences of the step, as in StepBatch::sequences
-  uint64_t prompt_tokens_ = 0, generated_tokens_ = 0, preemptions_ = 0, recoveries_ = 0;
-  std::thread thread_;  // last: starts when all else is there
+  Planner planner_;
+  uint64_t prompt_tokens_ = 0, generated_tokens_ = 0, recoveries_ = 0;
+  bool lost_ = false;                     // RecoverExperts has to succeed before the next step
+  std::optional<absl::Time> lost_since_;  // since then no step has worked
+  absl::Status loss_;
+  std::thread thread_;
 };
 
-Scheduler::Scheduler(const SchedulerOptions& options, std::unique_ptr<Backend> backend)
-    : backend_(std::move(backend)), loop_(std::make_unique<Loop>(options, *backend_)) {
-  TANDEM_CHECK(static_cast<int64_t>(backend_->page_count()) * backend_->page_tokens() >=
-               options.context_length);
+absl::StatusOr<std::unique_ptr<Scheduler>> Scheduler::Create(const SchedulerOptions& options,
+                                                             std::unique_ptr<Backend> backend) {
+  if (int64_t{backend->page_count()} * backend->page_tokens() < options.context_length) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a KV cache of ", backend->page_count(), " pages of ", backend->page_tokens(),
+                     " tokens holds less than one context of ", options.context_length));
+  }
+  if (options.max_batch_size < 1 || options.chunk_size < 1 || options.mixed_chunk_size < 1 ||
+      backend->max_step_tokens() < options.max_batch_size) {
+    return absl::InvalidArgumentError(
+        "batch and chunk sizes are to be at least 1, and a batch to fit a step");
+  }
+  if (options.kv_host_bytes > 0 && !options.prefix_cache) {
+    return absl::InvalidArgumentError("host memory for the KV cache is of use with the prefix cache only");
+  }
+  TANDEM_ASSIGN_OR_RETURN(HostPages host, HostPages::Create(options.kv_host_bytes, backend->page_bytes()));
+  return std::unique_ptr<Scheduler>(new Scheduler(options, std::move(backend), std::move(host)));
 }
+
+Scheduler::Scheduler(const SchedulerOptions& options, std::unique_ptr<Backend> backend, HostPages host)
+    : backend_(std::move(backend)), loop_(std::make_unique<Loop>(options, *backend_, std::move(host))) {}
 Scheduler::~Scheduler() = default;
 absl::StatusOr<uint64_t> Scheduler::Submit(SequenceRequest request, EventCallback callback) {
   return loop_->Submit(std::move(request), std::move(callback));

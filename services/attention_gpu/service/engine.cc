@@ -24,6 +24,7 @@
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/expert_watch.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
+#include "services/attention_gpu/service/engine_metrics.h"
 #include "services/attention_gpu/service/engine_service.h"
 
 namespace tandem::attention {
@@ -96,39 +97,6 @@ int32_t MaxStepTokens(const Options& o) {
   return std::max(o.chunk_size, o.mixed_chunk_size + o.max_batch_size);
 }
 
-class EngineMetrics {
- public:
-  explicit EngineMetrics(telemetry::Metrics& m)
-      : running_(m.AddGauge("tandem_requests_running", "Sequences in the batch.")),
-        waiting_(m.AddGauge("tandem_requests_waiting", "Sequences that wait for a place in the batch.")),
-        kv_used_(m.AddGauge("tandem_kv_cache_used_ratio", "Share of the KV cache's pages in use.")),
-        prompt_(m.AddCounter("tandem_prompt_tokens_total", "Prompt tokens computed.")),
-        generated_(m.AddCounter("tandem_generated_tokens_total", "Tokens generated.")),
-        preemptions_(
-            m.AddCounter("tandem_preemptions_total", "Sequences whose pages were taken for earlier ones.")),
-        reattach_(
-            m.AddCounter("tandem_expert_reattach_total", "Times that lost experts were attached anew.")) {}
-
-  void Update(const SchedulerSnapshot& now) {
-    running_.Set(now.running);
-    waiting_.Set(now.waiting);
-    kv_used_.Set(now.kv_used_ratio);
-    Advance(prompt_, last_.prompt_tokens, now.prompt_tokens);
-    Advance(generated_, last_.generated_tokens, now.generated_tokens);
-    Advance(preemptions_, last_.preemptions, now.preemptions);
-    Advance(reattach_, last_.expert_recoveries, now.expert_recoveries);
-    last_ = now;
-  }
-
- private:
-  static void Advance(telemetry::Counter& counter, uint64_t from, uint64_t to) {
-    if (to > from) counter.Add(static_cast<double>(to - from));
-  }
-  telemetry::Gauge &running_, &waiting_, &kv_used_;
-  telemetry::Counter &prompt_, &generated_, &preemptions_, &reattach_;
-  SchedulerSnapshot last_;
-};
-
 // Everything from the model file to the scheduler; what must live as long as it serves.
 struct Loaded {
   std::unique_ptr<gguf::File> file;
@@ -199,8 +167,11 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   s.chunk_size = o.chunk_size;
   s.mixed_chunk_size = o.mixed_chunk_size;
   s.expert_patience = absl::Seconds(o.expert_patience);
+  s.max_decode_slowdown = o.max_decode_slowdown;
+  s.prefix_cache = o.prefix_cache;
+  s.kv_host_bytes = static_cast<int64_t>(o.kv_host_gb * 1e9);
   s.vocab_size = c.vocab_size;
-  out.scheduler = std::make_unique<Scheduler>(s, std::move(backend));
+  TANDEM_ASSIGN_OR_RETURN(out.scheduler, Scheduler::Create(s, std::move(backend)));
 
   out.info.model_name = c.name;
   out.info.model_fingerprint = out.file->Fingerprint();
@@ -209,6 +180,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   out.info.context_length = sizes.context;
   out.info.max_batch_size = o.max_batch_size;
   out.info.max_waiting = o.max_waiting;
+  out.info.max_unread_tokens = o.max_unread_tokens;
   out.info.isa = std::string(kernels::IsaName(kernels::ActiveIsa()));
   out.info.instance_id = RandomId();
   out.info.metadata = MetadataOf(*out.file);

@@ -1,12 +1,14 @@
 #include "services/attention_gpu/service/engine_service.h"
 
 #include <algorithm>
+#include <chrono>
+#include <mutex>
 #include <utility>
 
 #include <grpcpp/grpcpp.h>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "common/rpc/channel.h"
 #include "tandem/v1/engine.grpc.pb.h"
 
@@ -63,21 +65,23 @@ void AddToken(const SampledToken& token, bool logprobs, v1::GenerateEvent& event
 }
 
 // One Generate call. Events that come while a write is under way are merged into the next one, so that a slow
-// reader costs no more than its tokens. Deletes itself when gRPC and the scheduler are both done with it.
+// reader costs no more than its tokens; past `max_unread` of them, alternatives included, its sequence is
+// cancelled. Deletes itself when gRPC and the scheduler are both done with it.
 class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
                      public std::enable_shared_from_this<GenerateCall> {
  public:
-  static grpc::ServerWriteReactor<v1::GenerateEvent>* Begin(Scheduler* scheduler,
+  static grpc::ServerWriteReactor<v1::GenerateEvent>* Begin(Scheduler* scheduler, int64_t max_unread,
+                                                            absl::Time deadline,
                                                             const v1::GenerateRequest& request) {
-    auto call = std::make_shared<GenerateCall>(scheduler);
+    auto call = std::make_shared<GenerateCall>(scheduler, max_unread);
     call->self_ = call;
-    call->Submit(request);
+    call->Submit(request, deadline);
     return call.get();
   }
-  explicit GenerateCall(Scheduler* scheduler) : scheduler_(scheduler) {}
+  GenerateCall(Scheduler* scheduler, int64_t max_unread) : scheduler_(scheduler), max_unread_(max_unread) {}
 
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     writing_ = false;
     if (!ok) {
       CancelWork();
@@ -87,23 +91,24 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     Pump();
   }
   void OnCancel() override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     CancelWork();
     if (!writing_) FinishOnce(grpc::Status::CANCELLED);
   }
   void OnDone() override {
     std::shared_ptr<GenerateCall> last;
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     last.swap(self_);  // goes when the lock has been released: declared before it
   }
 
  private:
-  void Submit(const v1::GenerateRequest& request) {
+  void Submit(const v1::GenerateRequest& request, absl::Time deadline) {
     SequenceRequest r = FromProto(request);
+    r.deadline = deadline;
     logprobs_ = r.sampling.logprobs;
     auto number = scheduler_->Submit(
         std::move(r), [call = shared_from_this()](SequenceEvent event) { call->OnEvent(std::move(event)); });
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!number.ok()) {
       FinishOnce(rpc::ToGrpc(number.status()));
       return;
@@ -113,8 +118,12 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
   }
 
   void OnEvent(SequenceEvent event) {
-    absl::MutexLock lock(&mutex_);
-    for (const SampledToken& t : event.tokens) AddToken(t, logprobs_, pending_);
+    const std::lock_guard lock(mutex_);
+    if (ended_) return;  // it fell behind
+    for (const SampledToken& t : event.tokens) {
+      AddToken(t, logprobs_, pending_);
+      unread_ += 1 + static_cast<int64_t>(t.top.size());
+    }
     if (!event.status.ok()) {
       ended_ = true;
       end_status_ = rpc::ToGrpc(event.status);
@@ -125,48 +134,63 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     if (event.status.ok() && event.statistics.prompt_tokens > 0) {
       v1::GenerateStatistics* s = pending_.mutable_statistics();
       s->set_prompt_tokens(event.statistics.prompt_tokens);
+      s->set_cached_prompt_tokens(event.statistics.cached_prompt_tokens);
       s->set_generated_tokens(event.statistics.generated_tokens);
       s->set_queue_seconds(absl::ToDoubleSeconds(event.statistics.queued));
       s->set_prefill_seconds(absl::ToDoubleSeconds(event.statistics.prefill));
       s->set_decode_seconds(absl::ToDoubleSeconds(event.statistics.decode));
     }
+    if (!ended_ && writing_ && unread_ > max_unread_) {
+      // What was not read is dropped, not sent late: the reader, if it comes back, is to know where it
+      // stopped.
+      CancelWork();
+      ended_ = true;
+      end_status_ = {grpc::StatusCode::RESOURCE_EXHAUSTED,
+                     absl::StrCat("the reader is ", pending_.tokens_size(), " tokens behind")};
+      pending_.Clear();
+    }
     if (!writing_) Pump();
   }
 
-  void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  // The rest: with mutex_ held.
+
+  void Pump() {
     if (finished_) return;
     if (pending_.tokens_size() > 0 || pending_.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
       writing_ = true;
       out_.Clear();
       out_.Swap(&pending_);
+      unread_ = 0;
       StartWrite(&out_);
     } else if (ended_) {
       FinishOnce(end_status_);
     }
   }
 
-  void CancelWork() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void CancelWork() {
     cancelled_ = true;
     if (number_ != 0 && !ended_) scheduler_->Cancel(number_);
   }
 
-  void FinishOnce(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void FinishOnce(const grpc::Status& status) {
     if (std::exchange(finished_, true)) return;
     Finish(status);
   }
 
   Scheduler* const scheduler_;
-  absl::Mutex mutex_;
-  std::shared_ptr<GenerateCall> self_ ABSL_GUARDED_BY(mutex_);
-  v1::GenerateEvent pending_ ABSL_GUARDED_BY(mutex_);
+  const int64_t max_unread_;
+  std::mutex mutex_;  // guards all below but out_ while writing_, and logprobs_
+  std::shared_ptr<GenerateCall> self_;
+  v1::GenerateEvent pending_;
+  int64_t unread_ = 0;     // tokens and alternatives in pending_
   v1::GenerateEvent out_;  // gRPC's while writing_
   bool logprobs_ = false;
-  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
-  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
-  grpc::Status end_status_ ABSL_GUARDED_BY(mutex_);
-  uint64_t number_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool writing_ = false;
+  bool ended_ = false;
+  bool finished_ = false;
+  bool cancelled_ = false;
+  grpc::Status end_status_;
+  uint64_t number_ = 0;
 };
 
 class RefusedCall : public grpc::ServerWriteReactor<v1::GenerateEvent> {
@@ -215,7 +239,7 @@ class EngineService::Impl : public v1::Engine::CallbackService {
   grpc::ServerUnaryReactor* Describe(grpc::CallbackServerContext* context, const v1::DescribeEngineRequest*,
                                      v1::EngineDescription* d) override {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (scheduler_ == nullptr) {
       reactor->Finish(NotReady());
       return reactor;
@@ -243,44 +267,50 @@ class EngineService::Impl : public v1::Engine::CallbackService {
 
   grpc::ServerWriteReactor<v1::MetadataChunk>* ReadMetadata(grpc::CallbackServerContext*,
                                                             const v1::ReadMetadataRequest*) override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     return new MetadataCall(scheduler_ == nullptr ? NotReady() : grpc::Status::OK, info_.metadata);
   }
 
-  grpc::ServerWriteReactor<v1::GenerateEvent>* Generate(grpc::CallbackServerContext*,
+  grpc::ServerWriteReactor<v1::GenerateEvent>* Generate(grpc::CallbackServerContext* context,
                                                         const v1::GenerateRequest* request) override {
     Scheduler* scheduler;
+    int64_t max_unread;
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       if (scheduler_ == nullptr) return new RefusedCall(NotReady());
       scheduler = scheduler_;
+      max_unread = info_.max_unread_tokens;
     }
-    return GenerateCall::Begin(scheduler, *request);
+    const auto deadline = context->deadline();
+    const absl::Time by = deadline == std::chrono::system_clock::time_point::max()
+                              ? absl::InfiniteFuture()
+                              : absl::FromChrono(deadline);
+    return GenerateCall::Begin(scheduler, max_unread, by, *request);
   }
 
   void SetProgress(const std::string& text) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     progress_ = text;
   }
   void SetDegraded(const std::string& why) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     degraded_ = why;
   }
   void SetReady(EngineInfo info, Scheduler* scheduler) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     info_ = std::move(info);
     scheduler_ = scheduler;
   }
 
  private:
-  grpc::Status NotReady() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  grpc::Status NotReady() const {
     return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("the engine is starting: ", progress_)};
   }
-  absl::Mutex mutex_;
-  std::string progress_ ABSL_GUARDED_BY(mutex_) = "reading the model";
-  std::string degraded_ ABSL_GUARDED_BY(mutex_);
-  EngineInfo info_ ABSL_GUARDED_BY(mutex_);
-  Scheduler* scheduler_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::mutex mutex_;
+  std::string progress_ = "reading the model";
+  std::string degraded_;
+  EngineInfo info_;
+  Scheduler* scheduler_ = nullptr;
 };
 
 EngineService::EngineService() : impl_(std::make_unique<Impl>()) {}

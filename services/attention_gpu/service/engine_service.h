@@ -21,6 +21,7 @@ struct EngineInfo {
   int32_t context_length = 0;
   int32_t max_batch_size = 0;
   int32_t max_waiting = 0;
+  int64_t max_unread_tokens = 4096;  // of a stream, tokens and alternatives; past it, it is cancelled
   std::string isa;
   std::string instance_id;
   int32_t expert_processes = 0;

@@ -1,5 +1,8 @@
 #include "services/attention_gpu/service/options.h"
 
+#include <map>
+#include <string>
+
 #include <CLI/CLI.hpp>
 
 #include "common/flags/sources.h"
@@ -45,9 +48,28 @@ ParsedOptions ParseOptions(int argc, char** argv) {
       ->check(CLI::Range(1, 4096));
   app.add_option("--max-waiting", o.max_waiting, "sequences that may wait beyond those")
       ->check(CLI::Range(0, 1 << 20));
+  app.add_option("--max-unread-tokens", o.max_unread_tokens,
+                 "tokens (with their alternatives) of a stream that may wait for its reader; past that it is "
+                 "cancelled")
+      ->check(CLI::Range(1, 1 << 30));
   app.add_option("--chunk-size", o.chunk_size, "prompt tokens of a step")->check(CLI::Range(1, 65536));
-  app.add_option("--mixed-chunk-size", o.mixed_chunk_size, "prompt tokens of a step beside running sequences")
+  app.add_option("--mixed-chunk-size", o.mixed_chunk_size,
+                 "prompt tokens of a step beside running sequences, at most")
       ->check(CLI::Range(1, 65536));
+  app.add_option(
+         "--max-decode-slowdown", o.max_decode_slowdown,
+         "prompts may stretch the time between tokens of running sequences this many times, by measured "
+         "step times; 0: only --mixed-chunk-size limits them")
+      ->check(CLI::Range(0.0, 1e6))
+      ->capture_default_str();
+  app.add_option("--prefix-cache", o.prefix_cache,
+                 "keep computed pages for prompts that begin alike: on or off")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, bool>{{"on", true}, {"off", false}}))
+      ->default_str("on");
+  app.add_option("--kv-host-gb", o.kv_host_gb,
+                 "10^9 bytes of host memory for pages that the prefix cache has to give up")
+      ->check(CLI::Range(0.0, 1e6))
+      ->capture_default_str();
   app.add_option("--expert-patience", o.expert_patience, "seconds to wait for lost experts")
       ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--expert-timeout", o.expert_timeout, "seconds one expert call may take")

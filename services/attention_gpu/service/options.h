@@ -25,9 +25,13 @@ struct Options {
   int64_t kv_tokens = 0;  // 0: chosen from ctx and max_batch_size
   int32_t max_batch_size = 16;
   int32_t max_waiting = 256;
+  int64_t max_unread_tokens = 4096;
   int32_t chunk_size = 256;
   int32_t mixed_chunk_size = 64;
-  bool memory_check = true;       // refuse what does not fit into the memory that is available
+  bool memory_check = true;  // refuse what does not fit into the memory that is available
+  double max_decode_slowdown = 2;
+  bool prefix_cache = true;
+  double kv_host_gb = 0;
   double expert_patience = 60;    // seconds
   double expert_timeout = 60;     // seconds
   double attach_patience = 3600;  // seconds

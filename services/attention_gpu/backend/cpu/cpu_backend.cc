@@ -58,6 +58,18 @@ class CpuBackend : public Backend {
   int32_t page_count() const override { return options_.page_count; }
   int32_t max_step_tokens() const override { return options_.max_step_tokens; }
 
+  int64_t page_bytes() const override { return cache_.page_bytes(); }
+  absl::Status CopyPageOut(int32_t page, std::span<std::byte> to) override {
+    TANDEM_RETURN_IF_ERROR(CheckPage(page, to.size()));
+    cache_.CopyOut(page, to.data());
+    return absl::OkStatus();
+  }
+  absl::Status CopyPageIn(std::span<const std::byte> from, int32_t page) override {
+    TANDEM_RETURN_IF_ERROR(CheckPage(page, from.size()));
+    cache_.CopyIn(from.data(), page);
+    return absl::OkStatus();
+  }
+
   absl::Status RecoverExperts(absl::Duration patience) override {
     return experts_ ? experts_->Recover(patience) : absl::OkStatus();
   }
@@ -81,6 +93,14 @@ class CpuBackend : public Backend {
   }
 
  private:
+  absl::Status CheckPage(int32_t page, size_t bytes) const {
+    if (page >= 0 && page < options_.page_count && static_cast<int64_t>(bytes) == page_bytes()) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("page ", page, " of ", options_.page_count, ", ", bytes, " bytes of ", page_bytes()));
+  }
+
   void LayOut(const StepBatch& batch) {
     rows_.resize(n_);
     for (const StepSequence& s : batch.sequences) {

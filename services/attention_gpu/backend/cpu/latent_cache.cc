@@ -32,11 +32,23 @@ absl::StatusOr<LatentCache> LatentCache::Create(int64_t layers, int32_t pages, i
   LatentCache c;
   c.data_ =
       std::unique_ptr<float[], UnmapFloats>(static_cast<float*>(p), UnmapFloats{static_cast<size_t>(*bytes)});
+  c.layers_ = layers;
   c.pages_ = pages;
   c.page_tokens_ = page_tokens;
   c.width_ = width;
   c.page_stride_ = stride;
   return c;
+}
+
+void LatentCache::CopyOut(int32_t page, std::byte* to) const {
+  const size_t bytes = page_stride_ * sizeof(float);
+  for (int64_t layer = 0; layer < layers_; ++layer) std::memcpy(to + layer * bytes, Page(layer, page), bytes);
+}
+
+void LatentCache::CopyIn(const std::byte* from, int32_t page) {
+  const size_t bytes = page_stride_ * sizeof(float);
+  for (int64_t layer = 0; layer < layers_; ++layer)
+    std::memcpy(Page(layer, page), from + layer * bytes, bytes);
 }
 
 }  // namespace tandem::attention

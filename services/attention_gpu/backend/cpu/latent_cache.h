@@ -2,6 +2,7 @@
 // by the rotated shared key, float32.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -30,12 +31,18 @@ class LatentCache {
   float* Entry(int64_t layer, std::span<const int32_t> page_table, int64_t position) {
     return Page(layer, page_table[position / page_tokens_]) + (position % page_tokens_) * width_;
   }
+  // A page's entries in all layers, as bytes in the order of layers.
+  int64_t page_bytes() const { return layers_ * page_stride_ * static_cast<int64_t>(sizeof(float)); }
+  void CopyOut(int32_t page, std::byte* to) const;
+  void CopyIn(const std::byte* from, int32_t page);
+
   int32_t pages() const { return pages_; }
   int32_t page_tokens() const { return page_tokens_; }
   int64_t width() const { return width_; }
 
  private:
   std::unique_ptr<float[], UnmapFloats> data_;
+  int64_t layers_ = 0;
   int32_t pages_ = 0;
   int32_t page_tokens_ = 0;
   int64_t width_ = 0;

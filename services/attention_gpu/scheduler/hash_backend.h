@@ -1,0 +1,182 @@
+// For tests: a backend whose next token is a hash of all tokens before it, read back from its paged "cache".
+// Whatever the scheduler mixes up (pages, positions, order, a lost or doubled token, a page given to two)
+// changes the answer.
+#pragma once
+
+#include <condition_variable>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "services/attention_gpu/scheduler/scheduler.h"
+
+namespace tandem::attention {
+
+constexpr int32_t kHashVocab = 1000;
+constexpr int32_t kHashPageTokens = 4;
+constexpr int32_t kHashStepTokens = 64;
+
+inline int32_t HashToken(const std::vector<int32_t>& tokens) {
+  uint64_t h = 1469598103934665603u;
+  for (int32_t t : tokens) h = (h ^ static_cast<uint64_t>(t + 1)) * 1099511628211u;
+  return static_cast<int32_t>((h >> 20) % (kHashVocab - 1)) + 1;
+}
+
+// What a sequence of this prompt is to answer.
+inline std::vector<int32_t> HashAnswer(std::vector<int32_t> tokens, int n) {
+  std::vector<int32_t> out;
+  for (int i = 0; i < n; ++i) {
+    out.push_back(HashToken(tokens));
+    tokens.push_back(out.back());
+  }
+  return out;
+}
+
+// What the backend is to do, and what it saw. Thread-safe.
+class HashScript {
+ public:
+  // The next steps end with these, the last one first.
+  void FailSteps(std::vector<absl::Status> from_the_back) {
+    const std::lock_guard lock(mutex_);
+    step_errors_ = std::move(from_the_back);
+  }
+  // From now on, each `every`th step fails as if experts were gone; 0: none.
+  void LoseEvery(int every) {
+    const std::lock_guard lock(mutex_);
+    lose_every_ = every;
+  }
+  void SetRecovery(const absl::Status& status) {
+    const std::lock_guard lock(mutex_);
+    recovery_ = status;
+  }
+  // Pages cannot be copied to or from the host from now on.
+  void FailCopies(bool fail) {
+    const std::lock_guard lock(mutex_);
+    fail_copies_ = fail;
+  }
+  // Steps wait while it is held.
+  void Hold() {
+    const std::lock_guard lock(mutex_);
+    held_ = true;
+  }
+  void Go() {
+    const std::lock_guard lock(mutex_);
+    held_ = false;
+    changed_.notify_all();
+  }
+  int max_sequences() const { return Read(max_sequences_); }
+  int max_tokens() const { return Read(max_tokens_); }
+  int64_t tokens() const { return Read(tokens_); }
+  int64_t steps() const { return Read(steps_); }
+
+ private:
+  friend class HashBackend;
+  template <typename T>
+  T Read(const T& value) const {
+    const std::lock_guard lock(mutex_);
+    return value;
+  }
+  absl::Status OnStep(const StepBatch& batch) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return !held_; });
+    ++steps_;
+    max_sequences_ = std::max(max_sequences_, static_cast<int>(batch.sequences.size()));
+    max_tokens_ = std::max(max_tokens_, static_cast<int>(batch.tokens.size()));
+    if (!step_errors_.empty()) {
+      const absl::Status s = step_errors_.back();
+      step_errors_.pop_back();
+      if (!s.ok()) return s;
+    }
+    if (lose_every_ > 0 && steps_ % lose_every_ == 0) return absl::UnavailableError("expert gone");
+    tokens_ += static_cast<int64_t>(batch.tokens.size());
+    return absl::OkStatus();
+  }
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<absl::Status> step_errors_;
+  absl::Status recovery_;
+  int lose_every_ = 0;
+  bool fail_copies_ = false;
+  bool held_ = false;
+  int max_sequences_ = 0, max_tokens_ = 0;
+  int64_t tokens_ = 0, steps_ = 0;
+};
+
+class HashBackend : public Backend {
+ public:
+  HashBackend(int32_t pages, HashScript& script) : cache_(pages * kHashPageTokens, -1), script_(script) {}
+  std::string name() const override { return "hash"; }
+  int32_t page_tokens() const override { return kHashPageTokens; }
+  int32_t page_count() const override { return static_cast<int32_t>(cache_.size()) / kHashPageTokens; }
+  int32_t max_step_tokens() const override { return kHashStepTokens; }
+
+  absl::Status Step(const StepBatch& batch, StepResult* result) override {
+    const absl::Status status = script_.OnStep(batch);
+    EXPECT_LE(batch.tokens.size(), static_cast<size_t>(kHashStepTokens));
+    EXPECT_FALSE(batch.sequences.empty());
+    CheckWrites(batch);
+    // A failed step leaves rubbish where it was to write.
+    for (const StepSequence& s : batch.sequences) {
+      for (int32_t i = 0; i < s.count; ++i) {
+        Entry(s, s.position + i) = status.ok() ? batch.tokens[s.first + i] : -7;
+      }
+    }
+    if (!status.ok()) return status;
+    result->sampled.assign(batch.sequences.size(), {});
+    for (size_t i = 0; i < batch.sequences.size(); ++i) {
+      const StepSequence& s = batch.sequences[i];
+      std::vector<int32_t> all;
+      for (int32_t p = 0; p < s.position + s.count; ++p) all.push_back(Entry(s, p));
+      if (s.sample) result->sampled[i].token = HashToken(all);
+    }
+    return absl::OkStatus();
+  }
+
+  int64_t page_bytes() const override { return kHashPageTokens * sizeof(int32_t); }
+  absl::Status CopyPageOut(int32_t page, std::span<std::byte> to) override {
+    if (script_.Read(script_.fail_copies_)) return absl::InternalError("copy");
+    EXPECT_EQ(static_cast<int64_t>(to.size()), page_bytes());
+    std::memcpy(to.data(), &cache_[page * kHashPageTokens], to.size());
+    return absl::OkStatus();
+  }
+  absl::Status CopyPageIn(std::span<const std::byte> from, int32_t page) override {
+    if (script_.Read(script_.fail_copies_)) return absl::InternalError("copy");
+    EXPECT_EQ(static_cast<int64_t>(from.size()), page_bytes());
+    std::memcpy(&cache_[page * kHashPageTokens], from.data(), from.size());
+    return absl::OkStatus();
+  }
+  absl::Status RecoverExperts(absl::Duration) override { return script_.Read(script_.recovery_); }
+
+  // What lies in a page.
+  int32_t& At(int32_t page, int32_t i) { return cache_[page * kHashPageTokens + i]; }
+
+ private:
+  int32_t& Entry(const StepSequence& s, int32_t position) {
+    return At(s.pages[position / kHashPageTokens], position % kHashPageTokens);
+  }
+
+  // A page that a step writes is in one sequence's list only.
+  void CheckWrites(const StepBatch& batch) {
+    std::map<int32_t, int> uses;
+    for (const StepSequence& s : batch.sequences) {
+      for (int32_t page : s.pages) ++uses[page];
+    }
+    for (const StepSequence& s : batch.sequences) {
+      const int32_t last = (s.position + s.count - 1) / kHashPageTokens;
+      ASSERT_LT(last, static_cast<int32_t>(s.pages.size()));
+      for (int32_t i = s.position / kHashPageTokens; i <= last; ++i) {
+        EXPECT_EQ(uses[s.pages[i]], 1) << "page " << s.pages[i] << " is written and shared";
+      }
+    }
+  }
+
+  std::vector<int32_t> cache_;
+  HashScript& script_;
+};
+
+}  // namespace tandem::attention

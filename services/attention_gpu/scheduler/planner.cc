@@ -1,0 +1,214 @@
+#include "services/attention_gpu/scheduler/planner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "common/base/check.h"
+
+namespace tandem::attention {
+
+Planner::Planner(const SchedulerOptions& options, Backend& backend, HostPages host)
+    : options_(options),
+      max_step_tokens_(backend.max_step_tokens()),
+      kv_(backend, options.prefix_cache, std::move(host)),
+      pacer_(options.max_decode_slowdown, options.mixed_chunk_size, options.max_batch_size) {}
+
+Plan Planner::Next() {
+  Plan plan;
+  if (idle()) return plan;
+  Admit();
+  for (auto& s : running_) Adopt(*s);
+  std::vector<int32_t> counts(running_.size(), 0);
+  int32_t decoding = 0;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (!running_[i]->decoding()) continue;
+    counts[i] = 1;
+    ++decoding;
+  }
+  if (decoding < running()) ShareOut(PromptBudget(decoding), counts);
+
+  // Pages in order of arrival: who comes later may lose his place in the step to who came earlier, never the
+  // other way round.
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence& s = *running_[i];
+    if (counts[i] > 0 && !Reserve(s, s.computed + counts[i])) counts[i] = 0;
+  }
+  for (bool decode : {true, false}) {
+    for (size_t i = 0; i < running_.size(); ++i) {
+      if (counts[i] > 0 && running_[i]->decoding() == decode) Add(*running_[i], counts[i], plan);
+    }
+    if (decode) plan.decoding = static_cast<int32_t>(plan.sequences.size());
+  }
+  if (plan.sequences.empty()) {  // the running ones have no page to go on, the first prompt had no budget
+    Sequence& first = *running_.front();
+    const int32_t count = std::min({first.remaining(), options_.chunk_size, max_step_tokens_});
+    TANDEM_CHECK(Reserve(first, first.computed + count));
+    Add(first, count, plan);
+  }
+  plan.prompt_tokens = static_cast<int32_t>(plan.batch.tokens.size()) - plan.decoding;
+  return plan;
+}
+
+void Planner::Done(const Plan& plan, double seconds) {
+  pacer_.Observe(plan.decoding, plan.prompt_tokens, seconds);
+  for (size_t i = 0; i < plan.sequences.size(); ++i) {
+    Sequence& s = *plan.sequences[i];
+    s.computed += plan.batch.sequences[i].count;
+    s.most_computed = std::max(s.most_computed, s.computed);
+    kv_.Commit(s.tokens, s.computed, s.kv);
+  }
+}
+
+SequencePtr Planner::Remove(uint64_t number) {
+  auto is_it = [number](const SequencePtr& s) { return s->number == number; };
+  SequencePtr out;
+  if (auto it = std::find_if(running_.begin(), running_.end(), is_it); it != running_.end()) {
+    out = std::move(*it);
+    running_.erase(it);
+    kv_.Release(out->kv);
+  } else if (auto w = std::find_if(waiting_.begin(), waiting_.end(), is_it); w != waiting_.end()) {
+    out = std::move(*w);
+    waiting_.erase(w);
+  }
+  return out;
+}
+
+std::vector<uint64_t> Planner::Select(const std::function<bool(const Sequence&)>& condition) const {
+  std::vector<uint64_t> out;
+  for (const auto& s : running_) {
+    if (condition(*s)) out.push_back(s->number);
+  }
+  for (const auto& s : waiting_) {
+    if (condition(*s)) out.push_back(s->number);
+  }
+  return out;
+}
+
+void Planner::Describe(SchedulerSnapshot& out) const {
+  out.running = running();
+  out.kv = kv_.Statistics();
+  out.preemptions = preemptions_;
+  out.query_tokens = query_tokens_;
+  out.hit_tokens = hit_tokens_;
+}
+
+void Planner::Admit() {
+  if (waiting_.empty()) return;
+  int64_t promised = 0;  // pages that running ones still need for the tokens they have
+  for (const auto& s : running_) {
+    promised +=
+        std::max<int64_t>(0, kv_.PagesFor(s->tokens.size()) - static_cast<int64_t>(s->kv.pages.size()));
+  }
+  while (!waiting_.empty() && running() < options_.max_batch_size) {
+    const Sequence& s = *waiting_.front();
+    const int64_t needed = kv_.PagesFor(s.tokens.size()) - kv_.Probe(s.tokens).free_of_cost;
+    if (!running_.empty() && promised + needed > kv_.available()) return;
+    promised += needed;
+    if (options_.prefix_cache) query_tokens_ += s.tokens.size();
+    const auto at = std::find_if(running_.begin(), running_.end(),
+                                 [&](const SequencePtr& r) { return r->number > s.number; });
+    running_.insert(at, std::move(waiting_.front()));
+    waiting_.pop_front();
+  }
+}
+
+// Takes over pages that others have computed, at the admission and at every page's end after it: a neighbour
+// may be ahead.
+void Planner::Adopt(Sequence& s) {
+  if (s.computed != static_cast<int32_t>(s.kv.shared.size()) * kv_.page_tokens()) return;
+  const int32_t gained = kv_.Adopt(s.tokens, s.kv);
+  if (gained == 0) return;
+  hit_tokens_ += gained;
+  s.computed += gained;
+  if (s.generated == 0) s.cached += std::max(0, s.computed - std::max(s.most_computed, s.computed - gained));
+  s.most_computed = std::max(s.most_computed, s.computed);
+}
+
+// An earlier sequence is about to compute the very page that `s` needs next.
+bool Planner::WaitsForNeighbour(const Sequence& s) const {
+  if (!options_.prefix_cache) return false;
+  const int32_t page = kv_.page_tokens();
+  const auto begin = static_cast<int32_t>(s.kv.shared.size()) * page;
+  if (s.computed != begin || s.remaining() <= page) return false;
+  for (const auto& other : running_) {
+    if (other->number >= s.number) return false;
+    if (other->decoding() || other->kv.shared.size() != s.kv.shared.size() ||
+        static_cast<int32_t>(other->tokens.size()) < begin + page) {
+      continue;
+    }
+    if (begin > 0 && other->kv.shared.back() != s.kv.shared.back()) continue;
+    if (std::equal(s.tokens.begin() + begin, s.tokens.begin() + begin + page,
+                   other->tokens.begin() + begin)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+int32_t Planner::PromptBudget(int32_t decoding) {
+  const int32_t chunk = decoding > 0 ? pacer_.Chunk(decoding) : options_.chunk_size;
+  return std::min(chunk, max_step_tokens_ - decoding);
+}
+
+// Gives prompt tokens to the running sequences that do not decode.
+void Planner::ShareOut(int32_t budget, std::vector<int32_t>& counts) const {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (!running_[i]->decoding() && !WaitsForNeighbour(*running_[i])) order.push_back(i);
+  }
+  if (order.empty() || budget <= 0) return;
+  const size_t first = order[0];
+  const int32_t wanted = running_[first]->remaining();
+  counts[first] = std::min(wanted, order.size() > 1 ? (budget + 1) / 2 : budget);
+  budget -= counts[first];
+  std::stable_sort(order.begin() + 1, order.end(), [this](size_t a, size_t b) {
+    return running_[a]->remaining() < running_[b]->remaining();
+  });
+  for (size_t i = 1; i < order.size() && budget > 0; ++i) {
+    counts[order[i]] = std::min(budget, running_[order[i]]->remaining());
+    budget -= counts[order[i]];
+  }
+  counts[first] += std::min(budget, wanted - counts[first]);
+}
+
+// Makes sure that `s` has pages for its first `tokens` tokens; sequences that came later give theirs up.
+bool Planner::Reserve(Sequence& s, int32_t tokens) {
+  while (!kv_.Reserve(tokens, s.kv)) {
+    if (!PreemptLaterThan(s.number)) return false;
+  }
+  return true;
+}
+
+// Takes the pages of the latest comer if that is later than `number`; it goes back to the queue, and what is
+// not in the prefix cache any more when its turn comes again is computed again.
+bool Planner::PreemptLaterThan(uint64_t number) {
+  if (running_.empty() || running_.back()->number <= number) return false;
+  SequencePtr victim = std::move(running_.back());
+  running_.pop_back();
+  kv_.Release(victim->kv);
+  victim->computed = 0;
+  ++preemptions_;
+  const auto at = std::find_if(waiting_.begin(), waiting_.end(),
+                               [&](const SequencePtr& w) { return w->number > victim->number; });
+  waiting_.insert(at, std::move(victim));
+  return true;
+}
+
+void Planner::Add(Sequence& s, int32_t count, Plan& plan) {
+  if (s.started == absl::InfiniteFuture()) s.started = absl::Now();
+  StepSequence out;
+  out.first = static_cast<int32_t>(plan.batch.tokens.size());
+  out.count = count;
+  out.position = s.computed;
+  out.pages = s.kv.pages;
+  out.sample = count == s.remaining();
+  out.params = &s.request.sampling;
+  out.counts = &s.counts;
+  plan.batch.tokens.insert(plan.batch.tokens.end(), s.tokens.begin() + s.computed,
+                           s.tokens.begin() + s.computed + count);
+  plan.batch.sequences.push_back(out);
+  plan.sequences.push_back(&s);
+}
+
+}  // namespace tandem::attention

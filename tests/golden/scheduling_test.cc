@@ -1,0 +1,227 @@
+// What a sequence is answered does not depend on what else is going on: the scheduler over the real CPU
+// backend and the bundled model. Compared are the tokens and the bits of their log-probabilities and of the
+// 20 best alternatives of each.
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "services/attention_gpu/scheduler/scheduler.h"
+#include "services/attention_gpu/scheduler/sink.h"
+#include "tests/golden/local_experts.h"
+
+namespace tandem::golden {
+namespace {
+
+using attention::SampledToken;
+using attention::SchedulerOptions;
+using attention::SequenceRequest;
+using attention::Sink;
+using Tokens = std::vector<int32_t>;
+
+constexpr int32_t kPageTokens = 32;
+constexpr int32_t kContext = 512;
+
+std::string SourceDir() { return std::getenv("TANDEM_SOURCE_DIR"); }
+
+// A real text, long enough for all that follows.
+const Tokens& Text() {
+  static const Tokens text = [] {
+    std::ifstream in(SourceDir() + "/tests/golden/demo/golden.json");
+    const auto golden = nlohmann::json::parse(in);
+    Tokens longest;
+    for (const auto& p : golden["prompts"]) {
+      const Tokens t = p["tokens"];
+      if (t.size() > longest.size()) longest = t;
+    }
+    return longest;
+  }();
+  return text;
+}
+
+Tokens Piece(int from, int n) { return {Text().begin() + from, Text().begin() + from + n}; }
+
+SequenceRequest Request(Tokens prompt, int n, float temperature = 0) {
+  SequenceRequest r;
+  r.prompt = std::move(prompt);
+  r.max_new_tokens = n;
+  r.sampling.temperature = temperature;
+  r.sampling.seed = 7;
+  r.sampling.logprobs = true;
+  r.sampling.top_logprobs = 20;
+  return r;
+}
+
+using Answer = std::vector<SampledToken>;
+
+bool SameBits(float a, float b) { return std::memcmp(&a, &b, sizeof(float)) == 0; }
+
+testing::AssertionResult Same(const Answer& a, const Answer& b) {
+  if (a.size() != b.size()) {
+    return testing::AssertionFailure() << a.size() << " tokens and " << b.size();
+  }
+  for (size_t i = 0; i < a.size(); ++i) {
+    bool same = a[i].token == b[i].token && SameBits(a[i].logprob, b[i].logprob) && a[i].top.size() == 20 &&
+                b[i].top.size() == 20;
+    for (size_t j = 0; same && j < a[i].top.size(); ++j) {
+      same = a[i].top[j].token == b[i].top[j].token && SameBits(a[i].top[j].logprob, b[i].top[j].logprob);
+    }
+    if (!same) return testing::AssertionFailure() << "token " << i << " differs";
+  }
+  return testing::AssertionSuccess();
+}
+
+struct Settings {
+  int32_t pages = 1024;
+  int32_t host_pages = 0;
+  bool prefix_cache = true;
+  int32_t batch = 16;
+};
+
+class Engine {
+ public:
+  explicit Engine(const Settings& settings) {
+    const std::string path = SourceDir() + "/models/tinyr1-Q4_K_M.gguf";
+    file_ = std::move(*gguf::File::Open(path));
+    const model::ModelConfig config = *model::ReadModelConfig(*file_);
+    attention::CpuBackendOptions b;
+    b.threads.threads = 2;
+    b.page_tokens = kPageTokens;
+    b.page_count = settings.pages;
+    auto backend = attention::CreateCpuBackend(
+        *file_, config, b, std::move(*MakeLocalExperts(path, {{}}, kernels::Precision::kFast, 2)));
+    SchedulerOptions o;
+    o.context_length = kContext;
+    o.max_batch_size = settings.batch;
+    o.chunk_size = 96;
+    o.vocab_size = config.vocab_size;
+    o.prefix_cache = settings.prefix_cache;
+    o.kv_host_bytes = settings.host_pages * (*backend)->page_bytes();
+    scheduler_ = std::move(*attention::Scheduler::Create(o, std::move(*backend)));
+  }
+
+  // All at the same time.
+  std::vector<Answer> Run(const std::vector<SequenceRequest>& requests) {
+    std::vector<Sink> sinks(requests.size());
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_TRUE(scheduler_->Submit(requests[i], sinks[i].callback()).ok());
+    }
+    std::vector<Answer> out;
+    cached_ = 0;
+    for (Sink& sink : sinks) {
+      sink.Wait();
+      EXPECT_TRUE(sink.status().ok()) << sink.status();
+      out.push_back(sink.sampled());
+      cached_ += sink.statistics().cached_prompt_tokens;
+    }
+    return out;
+  }
+  Answer Run(const SequenceRequest& request) { return Run(std::vector{request})[0]; }
+  int64_t cached() const { return cached_; }  // prompt tokens of the last Run that were not computed
+  void Drain() { EXPECT_TRUE(scheduler_->Drain(absl::Seconds(10))); }
+  attention::SchedulerSnapshot Now() const { return scheduler_->Snapshot(); }
+
+ private:
+  std::unique_ptr<gguf::File> file_;
+  std::unique_ptr<attention::Scheduler> scheduler_;
+  int64_t cached_ = 0;
+};
+
+// Sixteen of different lengths; half of them begin alike, some draw at random.
+std::vector<SequenceRequest> Sixteen() {
+  std::vector<SequenceRequest> out;
+  for (int i = 0; i < 16; ++i) {
+    Tokens prompt = i % 2 == 0 ? Piece(0, 100) : Piece(40 * i, 50);
+    const Tokens rest = Piece(600 + 11 * i, 1 + 13 * i);
+    prompt.insert(prompt.end(), rest.begin(), rest.end());
+    out.push_back(Request(prompt, 40, i % 3 == 0 ? 0.8f : 0));
+  }
+  return out;
+}
+
+// Each of the sixteen by itself, nothing kept from one to the next.
+const std::vector<Answer>& Alone() {
+  static const std::vector<Answer> answers = [] {
+    Engine engine({.prefix_cache = false});
+    std::vector<Answer> out;
+    for (const SequenceRequest& r : Sixteen()) out.push_back(engine.Run(r));
+    return out;
+  }();
+  return answers;
+}
+
+void ExpectAsAlone(const std::vector<Answer>& answers) {
+  ASSERT_EQ(answers.size(), Alone().size());
+  for (size_t i = 0; i < answers.size(); ++i) EXPECT_TRUE(Same(answers[i], Alone()[i])) << "sequence " << i;
+}
+
+TEST(Scheduling, InABatchWithFifteenOthers) {
+  Engine engine({.prefix_cache = false});
+  ExpectAsAlone(engine.Run(Sixteen()));
+  EXPECT_EQ(engine.Now().hit_tokens, 0u);
+}
+
+TEST(Scheduling, WithThePrefixCache) {
+  Engine engine({});
+  ExpectAsAlone(engine.Run(Sixteen()));
+  EXPECT_GE(engine.cached(), 7 * 96) << "eight begin alike";
+  ExpectAsAlone(engine.Run(Sixteen()));
+  for (const SequenceRequest& r : Sixteen()) engine.Run(r);
+  ExpectAsAlone(engine.Run(Sixteen()));
+  EXPECT_EQ(engine.Now().kv.evicted, 0u);
+}
+
+// Short prompts with long answers: all find room at first, and then have to make way for each other.
+TEST(Scheduling, AfterPreemption) {
+  std::vector<SequenceRequest> requests;
+  for (int i = 0; i < 8; ++i) requests.push_back(Request(Piece(90 * i, 33 + i), 150));
+  std::vector<Answer> alone;
+  {
+    Engine engine({.prefix_cache = false});
+    for (const SequenceRequest& r : requests) alone.push_back(engine.Run(r));
+  }
+  for (const bool prefix_cache : {true, false}) {
+    Engine engine({.pages = 20, .prefix_cache = prefix_cache});
+    const std::vector<Answer> answers = engine.Run(requests);
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_TRUE(Same(answers[i], alone[i])) << "sequence " << i;
+    engine.Drain();
+    EXPECT_GT(engine.Now().preemptions, 0u) << "the test does not test preemption";
+    EXPECT_EQ(engine.Now().kv.used, 0);
+  }
+}
+
+TEST(Scheduling, WithPagesThatReturnFromTheHost) {
+  Engine engine({.pages = 20, .host_pages = 200, .batch = 4});
+  for (int round = 0; round < 2; ++round) ExpectAsAlone(engine.Run(Sixteen()));
+  EXPECT_GT(engine.Now().kv.host_returned, 0u);
+  EXPECT_EQ(engine.Now().kv.host_evicted, 0u);
+  int64_t offered = 0;
+  for (const SequenceRequest& r : Sixteen()) offered += static_cast<int64_t>(r.prompt.size());
+  EXPECT_GE(engine.cached(), offered - 16 * kPageTokens) << "the second time all full pages are known";
+}
+
+// As the gateway resumes a stream on an engine that has just been started, or on one that knows it.
+TEST(Scheduling, AfterResume) {
+  for (const bool prefix_cache : {true, false}) {
+    Engine engine({.prefix_cache = prefix_cache});
+    for (const size_t cut : {1u, 17u, 39u}) {
+      std::vector<SequenceRequest> requests = Sixteen();
+      for (size_t i = 0; i < requests.size(); ++i) {
+        for (size_t j = 0; j < cut; ++j) requests[i].prompt.push_back(Alone()[i][j].token);
+        requests[i].max_new_tokens -= static_cast<int32_t>(cut);
+        requests[i].resumed_tokens = static_cast<int32_t>(cut);
+      }
+      const std::vector<Answer> rest = engine.Run(requests);
+      for (size_t i = 0; i < rest.size(); ++i) {
+        const Answer want(Alone()[i].begin() + static_cast<int64_t>(cut), Alone()[i].end());
+        EXPECT_TRUE(Same(rest[i], want)) << "sequence " << i << " cut after " << cut;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tandem::golden
