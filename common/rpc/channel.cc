@@ -109,7 +109,8 @@ absl::StatusOr<int> CheckHealth(grpc::GenericStub& stub, absl::Time deadline, bo
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls) {
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls,
+                                                       const std::string& tls_name) {
   KeepGrpc();
   if (const std::optional<std::string> path = UnixPath(address)) {
     if (path->empty()) return absl::InvalidArgumentError("address \"unix:\" has no path");
@@ -122,7 +123,9 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& addres
     return absl::InvalidArgumentError(absl::StrCat("address \"", address, "\" has port 0"));
   }
   TANDEM_ASSIGN_OR_RETURN(auto credentials, Credentials(tls));
-  return grpc::CreateCustomChannel(at.ToString(), credentials, Arguments());
+  grpc::ChannelArguments args = Arguments();
+  if (!tls_name.empty()) args.SetSslTargetNameOverride(tls_name);
+  return grpc::CreateCustomChannel(at.ToString(), credentials, args);
 }
 
 absl::Status WaitServing(grpc::Channel& channel, const std::string& address, absl::Duration patience) {

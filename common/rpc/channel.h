@@ -18,9 +18,10 @@ namespace tandem::rpc {
 
 // `address` as in ServerOptions::listen, or a DNS name with port.
 // A lost connection is made again only while a call waits on the channel (set_wait_for_ready, with a
-// deadline) or WaitServing runs; calls that fail at once do not give it the time.
-absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address,
-                                                       const TlsOptions& tls = {});
+// deadline) or WaitServing runs; calls that fail at once do not give it the time. `tls_name`, if not empty,
+// is the name that the peer's certificate must hold (an address that was looked up does not tell).
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& address, const TlsOptions& tls = {},
+                                                       const std::string& tls_name = "");
 
 // Waits until the peer's health service says SERVING. DeadlineExceeded says what the last answer was.
 absl::Status WaitServing(grpc::Channel& channel, const std::string& address, absl::Duration patience);

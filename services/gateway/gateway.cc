@@ -8,7 +8,7 @@
 #include "common/telemetry/log.h"
 #include "common/telemetry/metrics.h"
 #include "services/gateway/admission/admission.h"
-#include "services/gateway/grpc/engine.h"
+#include "services/gateway/grpc/engine_pool.h"
 #include "services/gateway/grpc/generation_service.h"
 #include "services/gateway/http/http_server.h"
 #include "services/gateway/openai/api.h"
@@ -63,10 +63,10 @@ Gateway::Gateway(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& options) {
   auto impl = std::make_unique<Impl>();
-  EngineOptions engine_options;
-  engine_options.tls = options.engine_tls;
-  engine_options.model_id = options.model_id;
-  TANDEM_ASSIGN_OR_RETURN(impl->engines, EnginePool::Create(options.engines, engine_options));
+  EnginePoolOptions pool;
+  pool.engine.tls = options.engine_tls;
+  pool.engine.model_id = options.model_id;
+  TANDEM_ASSIGN_OR_RETURN(impl->engines, EnginePool::Create(options.engines, pool));
   impl->admission = std::make_unique<Admission>(impl->engines.get(), options.max_requests);
   impl->sessions =
       std::make_unique<SessionEnvironment>(impl->engines.get(), &impl->metrics, options.resume_timeout);

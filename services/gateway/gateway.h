@@ -14,7 +14,7 @@
 namespace tandem::gateway {
 
 struct GatewayOptions {
-  std::vector<std::string> engines;           // addresses of attention engines, all of one model
+  std::vector<std::string> engines;           // addresses of attention engines, see EnginePool::Create
   std::string listen = "0.0.0.0:10002";       // HTTP
   std::string grpc_listen = "0.0.0.0:10003";  // empty: no gRPC
   std::string model_id;                       // empty: from the model's name

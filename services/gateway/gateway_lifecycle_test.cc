@@ -274,6 +274,7 @@ TEST_F(LifecycleTest, DrainLetsStreamsEndAndRefusesNewOnes) {
   const HttpReply refused = Chat();
   EXPECT_EQ(refused.status, 503);
   EXPECT_THAT(refused.body, HasSubstr("shutting down"));
+  EXPECT_EQ(refused.headers.count("retry-after"), 1u);
   EXPECT_EQ(Call("GET", "/ready").status, 503);
   EXPECT_THAT(client.ReadUntil("[DONE]"), HasSubstr("\"finish_reason\":\"stop\""));
   drain.join();
@@ -341,6 +342,40 @@ TEST_F(LifecycleTest, SeveralEnginesShareTheWorkAndReplaceEachOther) {
   EXPECT_THAT(b.ReadUntil("[DONE]"), HasSubstr("\"finish_reason\":\"stop\""));
   EXPECT_EQ(second.requests().size(), 2u);
   gateway_.reset();
+}
+
+TEST_F(LifecycleTest, AFullEngineLeavesTheSequenceToTheNext) {
+  FakeEngine second;
+  second.Start();
+  options_.engines.push_back(second.address());
+  Start();
+  FakeEngine::Script full;
+  full.fail_after = 0;
+  full.failure = grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the queue is full");
+  engine_->SetScript(full);
+  second.SetScript(full);
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  ExpectError(Chat(), 429, "rate_limit_error", "", "rate_limit_exceeded", "the queue is full");
+  EXPECT_EQ(engine_->requests().size(), 1u);
+  EXPECT_EQ(second.requests().size(), 1u);
+  second.SetScript(FakeEngine::Script());
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(Chat().status, 200);
+  gateway_.reset();
+}
+
+TEST_F(LifecycleTest, AClientThatDoesNotReadIsCancelled) {
+  options_.max_output_bytes = 64 << 10;
+  engine_->SetContext(200'000);
+  Start();
+  FakeEngine::Script script;
+  for (int i = 0; i < 60'000; ++i) script.text += "word ";  // some 15 MB of events
+  engine_->SetScript(script);
+  RawClient client(gateway_->http_port());
+  client.Send(Wire("POST", "/v1/chat/completions", ChatBody(R"("stream":true,"ignore_eos":true)")));
+  EXPECT_TRUE(engine_->WaitCancelled(1));
+  EXPECT_TRUE(WaitMetric("tandem_requests_total{service=\"gateway\",outcome=\"cancelled\"} ", "1"));
+  EXPECT_TRUE(WaitMetric("tandem_requests_running{service=\"gateway\"} ", "0"));
+  EXPECT_EQ(Call("GET", "/health").status, 200);
 }
 
 TEST_F(LifecycleTest, MetricsCountAndPassPromtool) {
@@ -481,6 +516,23 @@ TEST_F(GrpcTest, CancellingEndsTheEnginesWork) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   context.TryCancel();
   EXPECT_TRUE(engine_->WaitCancelled(1));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(GrpcTest, AClientThatDoesNotReadIsCancelled) {
+  options_.max_output_bytes = 4096;
+  engine_->SetContext(200'000);
+  Start();
+  Connect();
+  FakeEngine::Script script;
+  for (int i = 0; i < 60'000; ++i) script.text += "word ";
+  engine_->SetScript(script);
+  grpc::ClientContext context;
+  auto reader = stub_->Generate(&context, Hi());
+  EXPECT_TRUE(engine_->WaitCancelled(1));
+  v1::GenerationResponse response;
+  while (reader->Read(&response)) {
+  }
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 

@@ -21,8 +21,10 @@ struct Seconds {
 };
 
 void AddFlags(CLI::App& app, GatewayOptions& o, Seconds& s) {
-  app.add_option("--engine", o.engines,
-                 "Address of an attention engine (host:port or unix:/path); may be repeated")
+  app.add_option(
+         "--engine", o.engines,
+         "Address of an attention engine (host:port or unix:/path), may be repeated; a DNS name stands "
+         "for an engine at each of its addresses")
       ->required()
       ->delimiter(',');
   app.add_option("--listen", o.listen, "HTTP address; put a reverse proxy in front for TLS")

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "services/gateway/grpc/engine.h"
+#include "services/gateway/grpc/engine_pool.h"
 
 namespace tandem::gateway {
 

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "common/base/status_macros.h"
 #include "common/rpc/channel.h"
 #include "common/telemetry/log.h"
@@ -217,8 +216,9 @@ void Engine::Impl::Monitor() {
 Engine::Engine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const std::string& address,
-                                                       const EngineOptions& options) {
-  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = rpc::Connect(address, options.tls);
+                                                       const EngineOptions& options,
+                                                       const std::string& name) {
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = rpc::Connect(address, options.tls, name);
   if (!channel.ok()) return Annotate(channel.status(), "engine " + address);
   auto impl = std::make_shared<Impl>();
   impl->address = address;
@@ -258,6 +258,11 @@ std::string Engine::backend() const {
   return impl_->backend;
 }
 
+std::string Engine::instance_id() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->instance_id;
+}
+
 std::string Engine::degraded() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->degraded;
@@ -279,61 +284,6 @@ void Engine::Suspect(const absl::Status& status) {
     impl_->check_now = true;
   }
   impl_->changed.notify_all();
-}
-
-absl::StatusOr<std::unique_ptr<EnginePool>> EnginePool::Create(const std::vector<std::string>& addresses,
-                                                               const EngineOptions& options) {
-  if (addresses.empty()) return absl::InvalidArgumentError("no engine is given (--engine ADDRESS)");
-  auto pool = std::make_unique<EnginePool>();
-  for (const std::string& address : addresses) {
-    TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine, Engine::Create(address, options));
-    pool->engines_.push_back(std::move(engine));
-  }
-  return pool;
-}
-
-absl::StatusOr<Engine*> EnginePool::Pick(const std::string& fingerprint) const {
-  Engine* best = nullptr;
-  std::pair<bool, int> best_rank;  // degraded, calls: less is better
-  bool other_model = false;
-  std::vector<std::string> reasons;
-  absl::StatusCode code = absl::StatusCode::kUnavailable;
-  for (const std::unique_ptr<Engine>& engine : engines_) {
-    if (const absl::Status status = engine->status(); !status.ok()) {
-      reasons.push_back(absl::StrCat("engine ", engine->address(), ": ", status.message()));
-      continue;
-    }
-    const std::shared_ptr<const ModelContext> model = engine->model();
-    if (!fingerprint.empty() && model->limits().fingerprint != fingerprint) {
-      other_model = true;
-      continue;
-    }
-    const std::pair<bool, int> rank(!engine->degraded().empty(), engine->calls());
-    if (best != nullptr && rank >= best_rank) continue;
-    best = engine.get();
-    best_rank = rank;
-  }
-  if (best != nullptr) return best;
-  if (other_model) return absl::FailedPreconditionError("the engine serves another model now");
-  return absl::Status(code, absl::StrJoin(reasons, "; "));
-}
-
-absl::Status EnginePool::Ready() const {
-  TANDEM_ASSIGN_OR_RETURN(const Engine* engine, Pick(""));
-  const std::string degraded = engine->degraded();
-  if (degraded.empty()) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("engine ", engine->address(), ": ", degraded));
-}
-
-std::shared_ptr<const ModelContext> EnginePool::model() const {
-  std::shared_ptr<const ModelContext> known;
-  for (const std::unique_ptr<Engine>& engine : engines_) {
-    std::shared_ptr<const ModelContext> model = engine->model();
-    if (model == nullptr) continue;
-    if (engine->serving()) return model;
-    if (known == nullptr) known = std::move(model);
-  }
-  return known;
 }
 
 }  // namespace tandem::gateway

@@ -1,5 +1,4 @@
-// The gateway's side of the Engine service: one attention engine (watched, its model known) and the pool of
-// those that a gateway holds.
+// The gateway's side of the Engine service: one attention engine, watched, its model known.
 #pragma once
 
 #include <atomic>
@@ -48,8 +47,10 @@ struct EngineOptions {
 // takes over its metadata when the model is new, and notices its end. Thread-safe.
 class Engine {
  public:
+  // `name`: the host that the address came from, for its certificate; empty: the address itself.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const std::string& address,
-                                                        const EngineOptions& options);
+                                                        const EngineOptions& options,
+                                                        const std::string& name = "");
   ~Engine();  // no call may be under way
 
   const std::string& address() const;
@@ -62,6 +63,8 @@ class Engine {
   // The model it serves, or served last; null before the first contact.
   std::shared_ptr<const ModelContext> model() const;
   std::string backend() const;
+  // New at each start of the engine; empty before the first contact.
+  std::string instance_id() const;
   int calls() const;  // under way
 
   // Never null. The listener is kept until OnEngineDone.
@@ -74,27 +77,6 @@ class Engine {
   struct Impl;
   explicit Engine(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
-};
-
-// The engines of a gateway, all of one model. Thread-safe.
-class EnginePool {
- public:
-  static absl::StatusOr<std::unique_ptr<EnginePool>> Create(const std::vector<std::string>& addresses,
-                                                            const EngineOptions& options);
-
-  // The engine for a sequence: of those that serve the model of `fingerprint` (empty: any) the one with the
-  // fewest calls; one that is degraded only where there is no other. Unavailable says of each engine why not;
-  // FailedPrecondition: engines serve, but another model.
-  absl::StatusOr<Engine*> Pick(const std::string& fingerprint) const;
-  // The model that is served, by an engine that serves or by one that did; null before the first contact.
-  std::shared_ptr<const ModelContext> model() const;
-  absl::Status status() const { return Pick("").status(); }
-  // OK if an engine serves and nothing is in the way of its computing.
-  absl::Status Ready() const;
-  const std::vector<std::unique_ptr<Engine>>& engines() const { return engines_; }
-
- private:
-  std::vector<std::unique_ptr<Engine>> engines_;
 };
 
 }  // namespace tandem::gateway

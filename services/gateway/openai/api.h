@@ -7,7 +7,7 @@
 
 #include "absl/time/time.h"
 #include "services/gateway/admission/admission.h"
-#include "services/gateway/grpc/engine.h"
+#include "services/gateway/grpc/engine_pool.h"
 #include "services/gateway/http/http_server.h"
 #include "services/gateway/openai/request.h"
 #include "services/gateway/session/gateway_metrics.h"

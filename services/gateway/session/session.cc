@@ -88,13 +88,18 @@ void GenerationSession::Call() {
     return FinishText(Finish::kStop);
   }
   if (generated_.size() >= spec_.max_new_tokens) return FinishText(Finish::kLength);
-  const absl::StatusOr<Engine*> engine = environment_->pool_->Pick(model_->limits().fingerprint);
-  if (!engine.ok()) return Lost(engine.status());
   v1::GenerateRequest request;
   request.set_request_id(spec_.request_id);
-  request.mutable_prompt_tokens()->Reserve(static_cast<int>(spec_.prompt_tokens.size() + generated_.size()));
-  for (const int32_t token : spec_.prompt_tokens) request.add_prompt_tokens(token);
-  for (const int32_t token : generated_) request.add_prompt_tokens(token);
+  auto& tokens = *request.mutable_prompt_tokens();
+  tokens.Reserve(static_cast<int>(spec_.prompt_tokens.size() + generated_.size()));
+  tokens.Add(spec_.prompt_tokens.begin(), spec_.prompt_tokens.end());
+  tokens.Add(generated_.begin(), generated_.end());
+  EnginePool::Want want;
+  want.fingerprint = model_->limits().fingerprint;
+  want.prompt = {tokens.data(), static_cast<size_t>(tokens.size())};
+  want.refused = refused_;
+  absl::StatusOr<std::shared_ptr<Engine>> engine = environment_->pool_->Pick(want);
+  if (!engine.ok()) return Lost(engine.status());
   request.set_resumed_tokens(static_cast<uint32_t>(generated_.size()));
   request.set_max_new_tokens(spec_.max_new_tokens - static_cast<uint32_t>(generated_.size()));
   v1::SamplingParameters& sampling = *request.mutable_sampling();
@@ -112,8 +117,19 @@ void GenerationSession::Call() {
   }
   request.set_logprobs(spec_.logprobs);
   request.set_top_logprobs(spec_.top_logprobs);
-  engine_ = *engine;
+  engine_ = std::move(*engine);
   call_ = engine_->Generate(std::move(request), spec_.deadline, shared_from_this(), ++attempt_);
+}
+
+// Whether an engine is left that has not refused the sequence.
+bool GenerationSession::MayTryAnother() {
+  if (std::find(refused_.begin(), refused_.end(), engine_) != refused_.end()) return false;
+  refused_.push_back(engine_);
+  for (const std::shared_ptr<Engine>& engine : environment_->pool_->engines()) {
+    const bool refused = std::find(refused_.begin(), refused_.end(), engine) != refused_.end();
+    if (!refused && engine->serving()) return true;
+  }
+  return false;
 }
 
 // The engine cannot be had, for now. What is lost is tried again until the patience ends.
@@ -279,8 +295,10 @@ void GenerationSession::OnEngineDone(uint64_t tag, const absl::Status& status) {
   if (lost || (resuming && status.code() == absl::StatusCode::kResourceExhausted)) {
     // A full queue is no reason to give up what has begun.
     if (lost) engine_->Suspect(status);
+    if (!lost) refused_.assign(1, engine_);
     return Lost(status);
   }
+  if (status.code() == absl::StatusCode::kResourceExhausted && MayTryAnother()) return Call();
   if (status.code() == absl::StatusCode::kDeadlineExceeded) {
     return End(absl::DeadlineExceededError("the request's deadline has passed"));
   }

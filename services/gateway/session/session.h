@@ -2,7 +2,8 @@
 //
 // The session keeps the prompt and every generated token. If the engine is lost (UNAVAILABLE), it waits for
 // one that serves the same model and calls again with all of them; sampling depends on (seed, position)
-// alone, so the text goes on as if nothing had happened.
+// alone, so the text goes on as if nothing had happened. An engine whose queue is full (RESOURCE_EXHAUSTED)
+// leaves a new sequence to the next one; when all are full, it is refused.
 #pragma once
 
 #include <atomic>
@@ -16,7 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "common/tokenizer/tokenizer.h"
-#include "services/gateway/grpc/engine.h"
+#include "services/gateway/grpc/engine_pool.h"
 #include "services/gateway/session/gateway_metrics.h"
 #include "services/gateway/session/generation.h"
 #include "services/gateway/session/reasoning_splitter.h"
@@ -79,6 +80,7 @@ class GenerationSession final : public EngineListener,
 
   // All of these with mutex_ held.
   void Call();
+  bool MayTryAnother();
   void Lost(const absl::Status& status);
   void WaitAndCall(absl::Duration pause);
   void OnAlarm();
@@ -95,7 +97,8 @@ class GenerationSession final : public EngineListener,
 
   std::mutex mutex_;
   std::shared_ptr<GenerationListener> listener_;  // null once ended
-  Engine* engine_ = nullptr;                      // of the last call
+  std::shared_ptr<Engine> engine_;                // of the last call
+  std::vector<std::shared_ptr<Engine>> refused_;  // whose queues were full
   std::shared_ptr<EngineCall> call_;
   uint64_t attempt_ = 0;
   std::unique_ptr<grpc::Alarm> alarm_;
