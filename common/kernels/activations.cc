@@ -1,5 +1,7 @@
 #include "common/kernels/activations.h"
 
+#include <algorithm>
+
 #include "common/base/check.h"
 #include "common/kernels/dispatch.h"
 
@@ -96,6 +98,37 @@ void Activations::PrepareTokens(gguf::TensorType type, int64_t begin, int64_t en
                            a.b32.neg_bsum.data() + s, a.b32.dsum.data() + s);
       }
     }
+  }
+}
+
+void Activations::Gather(const Activations& from, std::span<const int32_t> token_ids) {
+  const Impl& f = from.impl();
+  Assign(nullptr, static_cast<int64_t>(token_ids.size()), f.cols, 0);
+  Impl& a = *impl_;
+  const int64_t units = (a.cols + internal::kUnit - 1) / internal::kUnit;
+  // [units][tokens][each]
+  const auto copy = [&](const auto& source, auto& to, int64_t each) {
+    to.Resize(units * a.n * each);
+    for (int64_t u = 0; u < units; ++u) {
+      for (int64_t i = 0; i < a.n; ++i) {
+        const auto* value = source.data() + (u * f.n + token_ids[static_cast<size_t>(i)]) * each;
+        std::copy(value, value + each, to.data() + (u * a.n + i) * each);
+      }
+    }
+  };
+  if (f.has_256) {
+    copy(f.b256.q, a.b256.q, internal::kUnit);
+    copy(f.b256.d, a.b256.d, 1);
+    copy(f.b256.bsum16, a.b256.bsum16, 16);
+    copy(f.b256.bsum32, a.b256.bsum32, 8);
+    a.has_256 = true;
+  }
+  if (f.has_32) {
+    copy(f.b32.q, a.b32.q, internal::kUnit);
+    copy(f.b32.d, a.b32.d, internal::kSubBlocks);
+    copy(f.b32.neg_bsum, a.b32.neg_bsum, internal::kSubBlocks);
+    copy(f.b32.dsum, a.b32.dsum, internal::kSubBlocks);
+    a.has_32 = true;
   }
 }
 

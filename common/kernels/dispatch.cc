@@ -1,6 +1,7 @@
 // The public products: checks of shapes, the reference precision, and the way to the kernels in use.
 #include "common/kernels/dispatch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -39,6 +40,8 @@ struct Job {
   float* y;
   int64_t ldy;
   bool leaves;
+  const LeafSum* sum = nullptr;  // with leaves, integer kernels only: where they go instead
+  const Flow* flow = nullptr;
 };
 
 // Weights as floats, sums in double. Rows are dequantized whole, once for all tokens.
@@ -131,6 +134,24 @@ void RunQuant(const Job& job, ActivationForm form) {
   a.ldy = job.ldy;
   a.leaves = job.leaves;
   a.scratch = internal::ThreadScratch();
+  if (job.sum != nullptr) {
+    a.sum = job.sum->sum + job.row_begin;
+    a.sum_ids = job.sum->ids;
+    a.sum_weights = job.sum->weights;
+    a.ld_sum = job.sum->ld;
+    a.grid = job.sum->grid;
+  }
+  if (job.flow != nullptr) {
+    a.asked = job.flow->asked;
+    const Upcoming& next = job.flow->next;
+    if (next.w != nullptr && next.row < next.row_end) {
+      a.next = next.w->data + next.row * next.w->row_bytes;
+      a.next_row_bytes = next.w->row_bytes;
+      a.next_used = gguf::RowBytes(next.w->type, next.w->cols);
+      a.next_rows = next.row_end - next.row;
+      a.next_n = next.tokens;
+    }
+  }
   internal::ActiveTables().quant_matmul(a);
 }
 
@@ -172,9 +193,10 @@ void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activatio
 }
 
 void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
-                  std::span<const int32_t> token_ids, float* y, int64_t ldy, Precision precision) {
+                  std::span<const int32_t> token_ids, float* y, int64_t ldy, Precision precision,
+                  const Flow& flow) {
   Run({&w, row_begin, row_end, &x.impl(), token_ids.data(), static_cast<int64_t>(token_ids.size()), y, ldy,
-       false},
+       false, nullptr, &flow},
       precision);
 }
 
@@ -183,6 +205,45 @@ void MatMulLeaves(const Matrix& w, int64_t row_begin, int64_t row_end, const Act
   Run({&w, row_begin, row_end, &x.impl(), token_ids.data(), static_cast<int64_t>(token_ids.size()), y, 0,
        true},
       precision);
+}
+
+void Ask(const Upcoming& next) {
+  const int64_t rows = std::min<int64_t>(next.row_end - next.row, next.tokens < 4 ? 16 : kRowGrain);
+  const uint8_t* row = next.w->data + next.row * next.w->row_bytes;
+  const int64_t used = gguf::RowBytes(next.w->type, next.w->cols);
+  for (int64_t r = 0; r < rows; ++r, row += next.w->row_bytes) {
+    for (int64_t i = 0; i < used; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
+void MatMulLeafSum(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
+                   std::span<const int32_t> token_ids, const LeafSum& to, Precision precision,
+                   const Flow& flow) {
+  const auto n = static_cast<int64_t>(token_ids.size());
+  if (precision == Precision::kFast && FormFor(w.type) != ActivationForm::kFloat) {
+    Run({&w, row_begin, row_end, &x.impl(), token_ids.data(), n, nullptr, 0, true, &to, &flow}, precision);
+    return;
+  }
+  constexpr int64_t kTokens = 64;  // at a time: bounds the buffer
+  thread_local std::vector<float> leaves;
+  const int64_t rows = row_end - row_begin, n_leaves = (w.cols + kLeaf - 1) / kLeaf;
+  for (int64_t first = 0; first < n; first += kTokens) {
+    const int64_t count = std::min(kTokens, n - first);
+    leaves.resize(static_cast<size_t>(count * rows * n_leaves));
+    MatMulLeaves(w, row_begin, row_end, x,
+                 token_ids.subspan(static_cast<size_t>(first), static_cast<size_t>(count)), leaves.data(),
+                 precision);
+    const float* leaf = leaves.data();
+    for (int64_t i = first; i < first + count; ++i) {
+      const double weight = static_cast<double>(to.weights[i]);
+      double* sum = to.sum + to.ids[i] * to.ld + row_begin;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t b = 0; b < n_leaves; ++b) {
+          sum[r] += (weight * static_cast<double>(*leaf++) + to.grid) - to.grid;
+        }
+      }
+    }
+  }
 }
 
 float Dot(const float* a, const float* b, int64_t n) { return internal::ActiveTables().dot(a, b, n); }

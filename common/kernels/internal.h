@@ -48,6 +48,23 @@ struct QuantArgs {
   int64_t ldy;  // y[i * ldy + r]; with leaves: y[(i * rows + r) * units + unit]
   bool leaves;
   uint8_t* scratch;  // kScratchBytes, 64-byte aligned, the calling thread's own
+
+  // Not null: the leaves are not written but added up, sum[sum_ids[i] * ld_sum + r] += (weights[i] * leaf +
+  // grid)
+  // - grid, in double.
+  double* sum;
+  const int32_t* sum_ids;
+  const float* sum_weights;
+  int64_t ld_sum;
+  double grid;
+
+  // What the thread will read after this call, so that it is asked for meanwhile.
+  const uint8_t* next;  // nullptr: unknown
+  int64_t next_row_bytes;
+  int64_t next_used;  // bytes of a row that will be read
+  int64_t next_rows;  // at most
+  int64_t next_n;     // tokens
+  bool asked;         // the first rows of this call have been asked for in that way
 };
 
 constexpr int64_t kScratchBytes = 448 << 10;

@@ -50,7 +50,7 @@ Isa Detect() {
   if (!avx512 || (xcr0 & 0xe0) != 0xe0 || internal::Avx512Tables() == nullptr) return Isa::kAvx2;
   const bool vnni = (c >> 11 & 1) != 0;
   if (!vnni || internal::Avx512VnniTables() == nullptr) return Isa::kAvx512;
-  const bool amx = (d >> 24 & 1) != 0 && (d >> 25 & 1) != 0;  // AMX-TILE, AMX-INT8
+  const bool amx = (d >> 24 & 1) != 0 && (d >> 25 & 1) != 0 && (c >> 8 & 1) != 0;  // AMX-TILE, AMX-INT8, GFNI
   if (!amx || (xcr0 & 0x60000) != 0x60000 || internal::AmxTables() == nullptr || !RequestTilePermission()) {
     return Isa::kAvx512Vnni;
   }

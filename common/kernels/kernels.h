@@ -23,7 +23,7 @@
 namespace tandem::kernels {
 
 // Instruction sets in rising order. kAvx2: AVX2, FMA, F16C. kAvx512: F, BW, DQ, VL. kAvx512Vnni: and VNNI.
-// kAmx: and AMX int8 tiles.
+// kAmx: and AMX int8 tiles and GFNI.
 enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAmx = 4 };
 
 std::string_view IsaName(Isa isa);  // "scalar", "avx2", "avx512", "avx512-vnni", "amx"
@@ -65,6 +65,10 @@ class Activations {
   bool Reserve(gguf::TensorType type, Precision precision);
   void PrepareTokens(gguf::TensorType type, int64_t begin, int64_t end);
 
+  // The quantized forms that `from` has of its tokens token_ids, copied together. No float32 form: for
+  // integer kernels only.
+  void Gather(const Activations& from, std::span<const int32_t> token_ids);
+
   int64_t tokens() const;
   int64_t cols() const;
 
@@ -76,6 +80,22 @@ class Activations {
   std::unique_ptr<Impl> impl_;
 };
 
+// What the calling thread will multiply next: rows [row, row_end) of `w`, with that many tokens. Memory
+// serves one run of addresses well and its beginning badly, so a call asks for the first bytes of the next
+// while it works.
+struct Upcoming {
+  const Matrix* w = nullptr;  // nullptr: not known
+  int64_t row = 0;
+  int64_t row_end = 0;
+  int64_t tokens = 0;
+};
+struct Flow {
+  Upcoming next;
+  bool asked = false;  // this call is what the thread's last one had as `next`
+};
+// Asks for those first bytes now, for a thread that has nothing else to do.
+void Ask(const Upcoming& next);
+
 // y[t * ldy + r] = sum_c W[r, c] x[t, c] for rows r in [row_begin, row_end) and all tokens t.
 // x must be prepared for w.type. Thread-safe for disjoint rows: the caller shares them out, best in multiples
 // of kRowGrain (other numbers are as right, but decode the spare lanes for nothing).
@@ -85,7 +105,8 @@ void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activatio
 
 // The same for chosen tokens: y[i * ldy + r] is the product with token token_ids[i].
 void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
-                  std::span<const int32_t> token_ids, float* y, int64_t ldy, Precision precision);
+                  std::span<const int32_t> token_ids, float* y, int64_t ldy, Precision precision,
+                  const Flow& flow = {});
 
 // Products per leaf: a leaf is 256 columns (the last may be shorter), and each leaf is summed by itself as if
 // it were a matrix of its own: y[(i * n_rows + (r - row_begin)) * n_leaves + b]. n_leaves = ceil(cols / 256).
@@ -93,6 +114,21 @@ void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Act
 constexpr int64_t kLeaf = 256;
 void MatMulLeaves(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
                   std::span<const int32_t> token_ids, float* y, Precision precision);
+
+// The same leaves, weighted and added up in double, each rounded to the grid of common/model/expert_sum.h:
+//   sum[ids[i] * ld + r] += (weights[i] * leaf + grid) - grid   for each leaf of the product with
+//   token_ids[i]
+// Rows that other threads add to must not be among them.
+struct LeafSum {
+  const float* weights = nullptr;  // [tokens of the call]
+  const int32_t* ids = nullptr;    // [tokens of the call]
+  double* sum = nullptr;
+  int64_t ld = 0;
+  double grid = 0;
+};
+void MatMulLeafSum(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,
+                   std::span<const int32_t> token_ids, const LeafSum& to, Precision precision,
+                   const Flow& flow = {});
 
 // Elementwise and vector helpers, float32, any length; deterministic per ISA-independent definition above.
 float Dot(const float* a, const float* b, int64_t n);                               // 16 lanes, tree

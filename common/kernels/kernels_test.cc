@@ -181,6 +181,73 @@ TEST_P(EveryType, LeavesAreProductsOfTheirOwn) {
   }
 }
 
+// The sums are those of MatMulLeaves' leaves, formed as common/model/expert_sum.h says; telling what comes
+// next changes nothing.
+TEST_P(EveryType, LeafSumsAddWeightedLeavesOnTheGrid) {
+  std::mt19937 rng(107);
+  const double grid = 6291456.0;
+  for (int64_t n : {1, 2, 7, 33, 530}) {
+    const int64_t rows = n > 100 ? 19 : 70, cols = RandomCols(rng);
+    Weights w = RandomBlocks(rng, type(), rows, cols), other = RandomBlocks(rng, type(), 40, cols);
+    const std::vector<float> x = Gaussian(rng, n * cols), weights = Gaussian(rng, n);
+    std::vector<int32_t> ids(static_cast<size_t>(n)), to(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      ids[static_cast<size_t>(i)] = static_cast<int32_t>(rng() % static_cast<uint32_t>(n));
+      to[static_cast<size_t>(i)] = static_cast<int32_t>(rng() % 5);  // repeats: several experts of a token
+    }
+    const int64_t n_leaves = (cols + kLeaf - 1) / kLeaf, begin = 3, end = rows - 1, ld = rows + 2;
+    for (Precision precision : {Precision::kFast, Precision::kReference}) {
+      for (Isa isa : AvailableIsas()) {
+        const ScopedIsa scoped(isa);
+        Activations a;
+        a.Assign(x.data(), n, cols);
+        a.Prepare(type(), precision);
+        std::vector<float> leaves(static_cast<size_t>(n * (end - begin) * n_leaves), NAN);
+        MatMulLeaves(w.m, begin, end, a, ids, leaves.data(), precision);
+        std::vector<double> want(static_cast<size_t>(5 * ld), 0.25), got = want;
+        const float* leaf = leaves.data();
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t r = begin; r < end; ++r) {
+            double& sum = want[static_cast<size_t>(to[static_cast<size_t>(i)] * ld + r)];
+            for (int64_t b = 0; b < n_leaves; ++b) {
+              sum += (static_cast<double>(weights[static_cast<size_t>(i)]) * static_cast<double>(*leaf++) +
+                      grid) -
+                     grid;
+            }
+          }
+        }
+        const Flow flow = {{&other.m, 2, 40, n}, n % 2 == 1};
+        Ask(flow.next);
+        MatMulLeafSum(w.m, begin, end, a, ids, {weights.data(), to.data(), got.data(), ld, grid}, precision,
+                      flow);
+        EXPECT_EQ(want, got) << IsaName(isa) << " tokens " << n;
+      }
+    }
+  }
+}
+
+TEST_P(EveryType, GatheredActivationsGiveTheSameProducts) {
+  if (IsFloat(type())) GTEST_SKIP() << "float weights read float activations where they lie";
+  std::mt19937 rng(108);
+  const int64_t rows = 40, cols = RandomCols(rng), n = 50;
+  Weights w = RandomBlocks(rng, type(), rows, cols);
+  const std::vector<float> x = Gaussian(rng, n * cols);
+  std::vector<int32_t> ids(37), counting(37);
+  for (int32_t& id : ids) id = static_cast<int32_t>(rng() % n);
+  std::iota(counting.begin(), counting.end(), 0);
+  Activations a, gathered;
+  a.Assign(x.data(), n, cols);
+  a.Prepare(type(), Precision::kFast);
+  gathered.Gather(a, ids);
+  for (Isa isa : AvailableIsas()) {
+    const ScopedIsa scoped(isa);
+    std::vector<float> want(ids.size() * static_cast<size_t>(rows)), got = want;
+    MatMulGather(w.m, 0, rows, a, ids, want.data(), rows, Precision::kFast);
+    MatMulGather(w.m, 0, rows, gathered, counting, got.data(), rows, Precision::kFast);
+    EXPECT_EQ(Bits(want), Bits(got)) << IsaName(isa);
+  }
+}
+
 // The greatest values that a block can hold against the greatest activations: nothing saturates or overflows.
 TEST_P(EveryType, ExtremeBlocksEqualTheTwin) {
   std::mt19937 rng(107);

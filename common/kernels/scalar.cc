@@ -173,7 +173,12 @@ void QuantRows(const QuantArgs& a) {
           acc = Step32(w, kHasMin, q, a.d[at * kSubBlocks + b % per_leaf], acc);
         }
         if (a.leaves && (b % per_leaf == per_leaf - 1 || b == blocks - 1)) {
-          a.y[(i * a.rows + r) * units + unit] = acc;
+          if (a.sum != nullptr) {
+            const double term = static_cast<double>(a.sum_weights[i]) * static_cast<double>(acc);
+            a.sum[a.sum_ids[i] * a.ld_sum + r] += (term + a.grid) - a.grid;
+          } else {
+            a.y[(i * a.rows + r) * units + unit] = acc;
+          }
           acc = 0.0f;
         }
       }

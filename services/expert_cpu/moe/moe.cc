@@ -10,23 +10,24 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/checked_math.h"
 #include "common/base/status_macros.h"
+#include "common/model/expert_sum.h"
 #include "common/quant/quant.h"
-#include "services/expert_cpu/moe/accumulate.h"
+#include "services/expert_cpu/moe/claims.h"
 #include "services/expert_cpu/moe/grouping.h"
 
 namespace tandem::expert {
 namespace {
 
-// Rows in a unit of work. The first rows of a unit are read with nobody having asked for them ahead, so
-// larger units read faster (4 and 16 tokens on 16 cores: 14 to 17 %); but there must be enough of them
-// that all cores end together.
-int64_t UnitRows(int64_t rows, int threads, int64_t units_a_thread) {
-  int64_t unit = 128;
-  while (unit > 32 && rows / unit < units_a_thread * threads) unit /= 2;
-  return unit;
+// Rows in a unit of work: few, so that all cores end together, and whole passes of the kernels. What a unit
+// reads first is asked for while the unit before it is worked on, so that small ones cost nothing.
+constexpr int64_t kFewTokens = 3;  // up to here a pass takes 16 rows
+int64_t UnitRows(int64_t rows, int64_t most_tokens, int64_t few_tokens_rows) {
+  return std::min(rows, most_tokens <= kFewTokens ? few_tokens_rows : 64);
 }
-// Pairs whose down projections are formed before they are added up: bounds a worker's buffer.
-constexpr int64_t kPairChunk = 256;
+// From so many tokens on, what is done for each token is shared out too.
+constexpr int64_t kManyTokens = 8;
+// From so many tokens of an expert on, tiles want them to lie together.
+constexpr int64_t kGatheredPairs = 16;
 // Pairs that are between gate/up and down at once: bounds the buffers of large calls. No expert is split.
 constexpr int64_t kWavePairs = 4096;
 
@@ -63,11 +64,6 @@ std::vector<Wave> MakeWaves(const std::vector<ExpertGroup>& groups) {
   return waves;
 }
 
-// What one worker needs for itself.
-struct Worker {
-  std::vector<float> parts;  // [pairs of a chunk, rows of a unit, leaves]
-};
-
 template <typename T>
 void Grow(std::vector<T>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
@@ -80,13 +76,13 @@ struct Moe::Impl {
       : shard(s),
         pool(p),
         options(o),
-        accumulate(AccumulateLeavesFor(kernels::ActiveIsa())),
-        workers(static_cast<size_t>(p.threads())) {}
+        gather(o.precision == kernels::Precision::kFast && kernels::ActiveIsa() == kernels::Isa::kAmx),
+        claims(p.threads()) {}
 
   const Shard& shard;
   threading::ThreadPool& pool;
   const Options options;
-  const AccumulateLeavesFn accumulate;
+  const bool gather;  // activations of an expert's tokens are copied together
 
   std::mutex mutex;  // one call at a time; everything below belongs to it
   std::vector<int32_t> ids;
@@ -94,19 +90,28 @@ struct Moe::Impl {
   std::vector<float> x;  // [n_tokens, hidden]
   kernels::Activations x_activations;
   Grouping grouping;
-  std::vector<float> gate;  // [pairs of the wave, rows of the slice]; then SiLU(gate) * up
+  std::vector<int32_t> counting;  // 0, 1, 2, ...
+  std::vector<float> gate;        // [pairs of the wave, rows of the slice]; then SiLU(gate) * up
   std::vector<float> up;
-  std::vector<kernels::Activations> h;  // by group of the wave
+  std::vector<kernels::Activations> gathered;  // by group of the wave, where it has many tokens
+  std::vector<kernels::Activations> h;         // by group of the wave
   std::vector<std::atomic<int64_t>> units_left;
   std::vector<double> sum;  // [n_tokens, hidden]
-  std::vector<Worker> workers;
+  Claims claims;
 
   absl::Status Validate(const Call& call, const ShardLayer* layer, uint64_t answer_bytes) const;
-  void ReadCall(const Call& call);
+  template <typename Fn>
+  void ForTokens(int64_t n, const Fn& fn);
+  void ReadExperts(const Call& call);
+  void ReadActivations(const Call& call, const ShardLayer& layer);
+  void Gather(const Wave& wave);
   void GateUp(const ShardLayer& layer, const Wave& wave);
   void Down(const ShardLayer& layer, const Wave& wave);
   void WriteAnswer(const Call& call, std::span<uint8_t> answer);
-  void AddRows(const ShardLayer& layer, const Wave& wave, int64_t row_begin, int64_t row_end, Worker& worker);
+  int64_t DownRows(const Wave& wave) const {
+    return UnitRows(shard.plan().hidden_size, grouping.groups()[wave.begin].pairs, 16);
+  }
+  std::span<const int32_t> FirstNumbers(int64_t n) const { return {counting.data(), static_cast<size_t>(n)}; }
 };
 
 absl::Status Moe::Impl::Validate(const Call& call, const ShardLayer* layer, uint64_t answer_bytes) const {
@@ -130,30 +135,66 @@ absl::Status Moe::Impl::Validate(const Call& call, const ShardLayer* layer, uint
                     call.answer_type == AnswerType::kF32 ? 4 : 8);
 }
 
+// fn(begin, end) over ranges of tokens.
+template <typename Fn>
+void Moe::Impl::ForTokens(int64_t n, const Fn& fn) {
+  if (n < kManyTokens) return fn(0, n);
+  pool.ParallelFor(n, 4, [&](int64_t begin, int64_t end, int) { fn(begin, end); });
+}
+
 // Copies what the peer gave, so that what was checked is what is used.
-void Moe::Impl::ReadCall(const Call& call) {
-  const int64_t n = call.n_tokens, hidden = shard.plan().hidden_size;
-  ids.resize(static_cast<size_t>(n * call.experts_per_token));
+void Moe::Impl::ReadExperts(const Call& call) {
+  ids.resize(static_cast<size_t>(call.n_tokens * call.experts_per_token));
   std::memcpy(ids.data(), call.expert_ids.data(), call.expert_ids.size());
   id_weights.resize(ids.size());
   std::memcpy(id_weights.data(), call.expert_weights.data(), call.expert_weights.size());
-  x.resize(static_cast<size_t>(n * hidden));
-  if (call.activation_type == ActivationType::kF32) {
-    std::memcpy(x.data(), call.activations.data(), call.activations.size());
-  } else {
-    for (size_t i = 0; i < x.size(); ++i) {
-      uint16_t half;
-      std::memcpy(&half, call.activations.data() + 2 * i, 2);
-      x[i] = quant::Bf16ToFloat(half);
+}
+
+void Moe::Impl::ReadActivations(const Call& call, const ShardLayer& layer) {
+  const int64_t n = call.n_tokens, hidden = shard.plan().hidden_size;
+  Grow(x, n * hidden);
+  Grow(sum, n * hidden);
+  x_activations.Assign(x.data(), n, hidden);
+  const gguf::TensorType types[] = {layer.gate.type, layer.up.type};
+  bool wanted[2];
+  for (int i = 0; i < 2; ++i) wanted[i] = x_activations.Reserve(types[i], options.precision);
+  ForTokens(n, [&](int64_t begin, int64_t end) {
+    if (call.activation_type == ActivationType::kF32) {
+      std::memcpy(x.data() + begin * hidden, call.activations.data() + 4 * begin * hidden,
+                  static_cast<size_t>(4 * (end - begin) * hidden));
+    } else {
+      for (int64_t i = begin * hidden; i < end * hidden; ++i) {
+        uint16_t half;
+        std::memcpy(&half, call.activations.data() + 2 * i, 2);
+        x[static_cast<size_t>(i)] = quant::Bf16ToFloat(half);
+      }
     }
-  }
+    for (int i = 0; i < 2; ++i) {
+      if (wanted[i]) x_activations.PrepareTokens(types[i], begin, end);
+    }
+    std::fill(sum.begin() + begin * hidden, sum.begin() + end * hidden, 0.0);
+  });
+}
+
+void Moe::Impl::Gather(const Wave& wave) {
+  if (!gather || grouping.groups()[wave.begin].pairs < kGatheredPairs) return;
+  const auto groups = static_cast<int64_t>(wave.end - wave.begin);
+  if (static_cast<int64_t>(gathered.size()) < groups) gathered.resize(static_cast<size_t>(groups));
+  pool.ParallelFor(groups, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t g = begin; g < end; ++g) {
+      const ExpertGroup& group = grouping.groups()[wave.begin + static_cast<size_t>(g)];
+      if (group.pairs < kGatheredPairs) continue;
+      gathered[static_cast<size_t>(g)].Gather(
+          x_activations, {grouping.tokens().data() + group.first_pair, static_cast<size_t>(group.pairs)});
+    }
+  });
 }
 
 // Units: (expert, range of rows). The unit that completes an expert quantizes its result for the next step.
 void Moe::Impl::GateUp(const ShardLayer& layer, const Wave& wave) {
   const int64_t rows = shard.plan().rows();
   const auto groups = static_cast<int64_t>(wave.end - wave.begin);
-  const int64_t unit_rows = UnitRows(groups * rows, pool.threads(), 8);
+  const int64_t unit_rows = UnitRows(rows, grouping.groups()[wave.begin].pairs, 32);
   const int64_t units_each = (rows + unit_rows - 1) / unit_rows;
   Grow(gate, wave.pairs * rows);
   Grow(up, wave.pairs * rows);
@@ -162,21 +203,36 @@ void Moe::Impl::GateUp(const ShardLayer& layer, const Wave& wave) {
     units_left = std::vector<std::atomic<int64_t>>(static_cast<size_t>(groups));
   }
   for (int64_t g = 0; g < groups; ++g) units_left[static_cast<size_t>(g)].store(units_each);
+  const kernels::Matrix first_down = layer.down.Expert(grouping.groups()[wave.begin].expert);
+  const int64_t down_rows = DownRows(wave);
 
-  const auto work = [&](int64_t begin, int64_t end, int) {
-    for (int64_t unit = begin; unit < end; ++unit) {
+  claims.Reset(groups * units_each);
+  pool.ParallelFor(pool.threads(), 1, [&](int64_t, int64_t, int worker) {
+    claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
       const auto g = static_cast<size_t>(unit / units_each);
       const int64_t row_begin = unit % units_each * unit_rows;
       const int64_t row_end = std::min(rows, row_begin + unit_rows);
       const ExpertGroup& group = grouping.groups()[wave.begin + g];
-      const std::span<const int32_t> tokens(grouping.tokens().data() + group.first_pair,
-                                            static_cast<size_t>(group.pairs));
+      const bool together = gather && group.pairs >= kGatheredPairs;
+      const kernels::Activations& in = together ? gathered[g] : x_activations;
+      const std::span<const int32_t> tokens =
+          together ? FirstNumbers(group.pairs)
+                   : std::span(grouping.tokens().data() + group.first_pair, static_cast<size_t>(group.pairs));
       float* group_gate = gate.data() + (group.first_pair - wave.first_pair) * rows;
       float* group_up = up.data() + (group.first_pair - wave.first_pair) * rows;
-      kernels::MatMulGather(layer.gate.Expert(group.expert), row_begin, row_end, x_activations, tokens,
-                            group_gate, rows, options.precision);
-      kernels::MatMulGather(layer.up.Expert(group.expert), row_begin, row_end, x_activations, tokens,
-                            group_up, rows, options.precision);
+      const kernels::Matrix gate_matrix = layer.gate.Expert(group.expert);
+      const kernels::Matrix up_matrix = layer.up.Expert(group.expert);
+      kernels::MatMulGather(gate_matrix, row_begin, row_end, in, tokens, group_gate, rows, options.precision,
+                            {{&up_matrix, row_begin, row_end, group.pairs}, asked});
+      kernels::Matrix next_matrix;
+      kernels::Flow flow{{}, true};
+      if (next_unit >= 0) {
+        const ExpertGroup& next = grouping.groups()[wave.begin + static_cast<size_t>(next_unit / units_each)];
+        next_matrix = layer.gate.Expert(next.expert);
+        flow.next = {&next_matrix, next_unit % units_each * unit_rows, rows, next.pairs};
+      }
+      kernels::MatMulGather(up_matrix, row_begin, row_end, in, tokens, group_up, rows, options.precision,
+                            flow);
       for (int64_t i = 0; i < group.pairs; ++i) {
         float* y = group_gate + i * rows + row_begin;
         kernels::SiluMul(y, group_up + i * rows + row_begin, y, row_end - row_begin);
@@ -185,59 +241,54 @@ void Moe::Impl::GateUp(const ShardLayer& layer, const Wave& wave) {
         h[g].Assign(group_gate, group.pairs, rows);
         h[g].Prepare(layer.down.type, options.precision);
       }
-    }
-  };
-  pool.ParallelFor(groups * units_each, 1, work);
-}
-
-void Moe::Impl::AddRows(const ShardLayer& layer, const Wave& wave, int64_t row_begin, int64_t row_end,
-                        Worker& worker) {
-  const int64_t hidden = shard.plan().hidden_size;
-  const int64_t n_rows = row_end - row_begin;
-  const int64_t leaves = (layer.down.cols + kernels::kLeaf - 1) / kernels::kLeaf;
-  for (size_t g = wave.begin; g < wave.end; ++g) {
-    const ExpertGroup& group = grouping.groups()[g];
-    const kernels::Matrix down = layer.down.Expert(group.expert);
-    for (int64_t first = 0; first < group.pairs; first += kPairChunk) {
-      const int64_t n = std::min(kPairChunk, group.pairs - first);
-      int32_t chunk[kPairChunk];
-      for (int64_t i = 0; i < n; ++i) chunk[i] = static_cast<int32_t>(first + i);
-      Grow(worker.parts, n * n_rows * leaves);
-      kernels::MatMulLeaves(down, row_begin, row_end, h[g - wave.begin],
-                            std::span<const int32_t>(chunk, static_cast<size_t>(n)), worker.parts.data(),
-                            options.precision);
-      for (int64_t i = 0; i < n; ++i) {
-        const auto pair = static_cast<size_t>(group.first_pair + first + i);
-        accumulate(grouping.weights()[pair], worker.parts.data() + i * n_rows * leaves, n_rows, leaves,
-                   sum.data() + grouping.tokens()[pair] * hidden + row_begin);
-      }
-    }
-  }
+    });
+    // While others finish: what this worker will read first in the next step.
+    kernels::Ask({&first_down, worker * down_rows, first_down.rows, grouping.groups()[wave.begin].pairs});
+  });
 }
 
 // Units: ranges of rows over all experts, so that no two workers add to the same sums.
 void Moe::Impl::Down(const ShardLayer& layer, const Wave& wave) {
   const int64_t hidden = shard.plan().hidden_size;
-  const int64_t unit_rows = UnitRows(hidden, pool.threads(), 6);
-  const auto work = [&](int64_t begin, int64_t end, int worker) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      AddRows(layer, wave, unit * unit_rows, std::min(hidden, (unit + 1) * unit_rows),
-              workers[static_cast<size_t>(worker)]);
-    }
-  };
-  pool.ParallelFor((hidden + unit_rows - 1) / unit_rows, 1, work);
+  const int64_t unit_rows = DownRows(wave);
+  claims.Reset((hidden + unit_rows - 1) / unit_rows);
+  pool.ParallelFor(pool.threads(), 1, [&](int64_t, int64_t, int worker) {
+    claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
+      const int64_t row_begin = unit * unit_rows, row_end = std::min(hidden, row_begin + unit_rows);
+      asked |= unit == worker;
+      for (size_t g = wave.begin; g < wave.end; ++g) {
+        const ExpertGroup& group = grouping.groups()[g];
+        const bool last = g + 1 == wave.end;
+        const ExpertGroup& next = grouping.groups()[last ? wave.begin : g + 1];
+        const kernels::Matrix down = layer.down.Expert(group.expert);
+        const kernels::Matrix next_down = layer.down.Expert(next.expert);
+        kernels::Flow flow{{}, asked};
+        if (!last) flow.next = {&next_down, row_begin, row_end, next.pairs};
+        if (last && next_unit >= 0) flow.next = {&next_down, next_unit * unit_rows, hidden, next.pairs};
+        kernels::MatMulLeafSum(
+            down, row_begin, row_end, h[g - wave.begin], FirstNumbers(group.pairs),
+            {grouping.weights().data() + group.first_pair, grouping.tokens().data() + group.first_pair,
+             sum.data(), hidden, model::kGridShift},
+            options.precision, flow);
+        asked = true;
+      }
+    });
+  });
 }
 
 void Moe::Impl::WriteAnswer(const Call& call, std::span<uint8_t> answer) {
-  const auto values = static_cast<size_t>(call.n_tokens * shard.plan().hidden_size);
-  if (call.answer_type == AnswerType::kF64) {
-    std::memcpy(answer.data(), sum.data(), values * sizeof(double));
-    return;
-  }
-  for (size_t i = 0; i < values; ++i) {
-    const auto rounded = static_cast<float>(sum[i]);
-    std::memcpy(answer.data() + i * sizeof rounded, &rounded, sizeof rounded);
-  }
+  const int64_t hidden = shard.plan().hidden_size;
+  ForTokens(call.n_tokens, [&](int64_t begin, int64_t end) {
+    if (call.answer_type == AnswerType::kF64) {
+      std::memcpy(answer.data() + 8 * begin * hidden, sum.data() + begin * hidden,
+                  static_cast<size_t>(8 * (end - begin) * hidden));
+      return;
+    }
+    for (int64_t i = begin * hidden; i < end * hidden; ++i) {
+      const auto rounded = static_cast<float>(sum[static_cast<size_t>(i)]);
+      std::memcpy(answer.data() + 4 * i, &rounded, sizeof rounded);
+    }
+  });
 }
 
 Moe::Moe(const Shard& shard, threading::ThreadPool& pool, const Options& options)
@@ -258,7 +309,7 @@ absl::StatusOr<CallStatistics> Moe::Forward(const Call& call, std::span<uint8_t>
   const ShardPlan& plan = m.shard.plan();
   const ShardLayer* layer = m.shard.FindLayer(call.layer);
   TANDEM_RETURN_IF_ERROR(m.Validate(call, layer, answer.size()));
-  m.ReadCall(call);
+  m.ReadExperts(call);
   const int64_t k = call.experts_per_token;
   for (size_t i = 0; i < m.ids.size(); ++i) {
     if (m.ids[i] < -1 || m.ids[i] >= plan.n_routed_experts) {
@@ -268,11 +319,12 @@ absl::StatusOr<CallStatistics> Moe::Forward(const Call& call, std::span<uint8_t>
     }
   }
   m.grouping.Build(m.ids, m.id_weights, k, plan.expert_begin, plan.expert_end);
-  m.x_activations.Assign(m.x.data(), call.n_tokens, plan.hidden_size);
-  m.x_activations.Prepare(layer->gate.type, m.options.precision);
-  m.x_activations.Prepare(layer->up.type, m.options.precision);
-  m.sum.assign(static_cast<size_t>(call.n_tokens * plan.hidden_size), 0.0);
+  m.ReadActivations(call, *layer);
+  for (int64_t i = static_cast<int64_t>(m.counting.size()); i < call.n_tokens * k; ++i) {
+    m.counting.push_back(static_cast<int32_t>(i));
+  }
   for (const Wave& wave : MakeWaves(m.grouping.groups())) {
+    m.Gather(wave);
     m.GateUp(*layer, wave);
     m.Down(*layer, wave);
   }

@@ -1,21 +1,21 @@
-// The parts of a call by themselves: grouping, accumulation.
+// The parts of a call by themselves: grouping, claims.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
-#include <limits>
+#include <atomic>
+#include <random>
+#include <thread>
+#include <vector>
 
-#include "common/model/expert_sum.h"
-#include "services/expert_cpu/moe/accumulate.h"
+#include "services/expert_cpu/moe/claims.h"
 #include "services/expert_cpu/moe/grouping.h"
-#include "services/expert_cpu/testing/synthetic_model.h"
 
 namespace tandem::expert {
 namespace {
 
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
+using ::testing::UnorderedElementsAre;
 
 TEST(GroupingTest, SortsPairsByExpertLargestFirst) {
   Grouping grouping;
@@ -38,39 +38,41 @@ TEST(GroupingTest, SortsPairsByExpertLargestFirst) {
   EXPECT_THAT(grouping.tokens(), IsEmpty());
 }
 
-TEST(AccumulateTest, EveryInstructionSetIsTheDefinition) {
-  for (int64_t leaves = 1; leaves <= 17; ++leaves) {
-    const int64_t rows = 5;
-    const std::vector<float> parts = testing::RandomFloats(rows * leaves, static_cast<uint64_t>(leaves));
-    const float weight = 0.37f;
-    std::vector<double> want(static_cast<size_t>(rows), 0.5);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t b = 0; b < leaves; ++b) {
-        model::AccumulateExpert(weight, &parts[static_cast<size_t>(r * leaves + b)],
-                                &want[static_cast<size_t>(r)], 1);
+// Whatever the workers' speeds, each number comes once, and what was announced comes unless it was taken.
+TEST(ClaimsTest, EveryNumberOnce) {
+  std::mt19937 random(5);
+  for (const int workers : {1, 2, 5}) {
+    Claims claims(workers);
+    for (const int64_t n : {0, 1, 4, 5, 6, 1000}) {
+      claims.Reset(n);
+      std::vector<std::atomic<int>> seen(static_cast<size_t>(n));
+      std::vector<std::thread> threads;
+      for (int w = 0; w < workers; ++w) {
+        const unsigned delay = random() % 4;
+        threads.emplace_back([&, w, delay] {
+          int64_t announced = -1;
+          claims.Run(w, [&](int64_t number, bool expected, int64_t next) {
+            ++seen[static_cast<size_t>(number)];
+            EXPECT_EQ(expected, announced == number && announced >= 0);
+            announced = next;
+            for (unsigned i = 0; i < delay; ++i) std::this_thread::yield();
+          });
+        });
       }
-    }
-    for (const kernels::Isa isa : kernels::AvailableIsas()) {
-      std::vector<double> got(static_cast<size_t>(rows), 0.5);
-      AccumulateLeavesFor(isa)(weight, parts.data(), rows, leaves, got.data());
-      EXPECT_EQ(std::memcmp(got.data(), want.data(), got.size() * sizeof(double)), 0)
-          << kernels::IsaName(isa) << ", " << leaves << " leaves";
+      for (std::thread& t : threads) t.join();
+      for (int64_t i = 0; i < n; ++i) EXPECT_EQ(seen[static_cast<size_t>(i)], 1) << i << " of " << n;
     }
   }
 }
 
-TEST(AccumulateTest, InfinitiesPassThrough) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  const std::vector<float> parts = {1, 2, 3, 1, infinity, 3};
-  for (const kernels::Isa isa : kernels::AvailableIsas()) {
-    std::vector<double> got(2, 0.0);
-    AccumulateLeavesFor(isa)(infinity, parts.data(), 2, 3, got.data());
-    EXPECT_TRUE(std::isnan(got[0]) || std::isinf(got[0])) << kernels::IsaName(isa);
-    got.assign(2, 0.0);
-    AccumulateLeavesFor(isa)(1.0f, parts.data(), 2, 3, got.data());
-    EXPECT_EQ(got[0], 6.0);
-    EXPECT_FALSE(std::isfinite(got[1]));
-  }
+// A worker that never comes leaves nothing undone.
+TEST(ClaimsTest, WhatAnAbsentWorkerHoldsIsTaken) {
+  Claims claims(4);
+  claims.Reset(9);
+  std::vector<int64_t> seen;
+  claims.Run(2, [&](int64_t number, bool, int64_t) { seen.push_back(number); });
+  EXPECT_THAT(seen, UnorderedElementsAre(0, 1, 2, 3, 4, 5, 6, 7, 8));
+  EXPECT_EQ(seen.front(), 2);
 }
 
 }  // namespace
