@@ -132,7 +132,9 @@ class HashBackend : public Backend {
       const StepSequence& s = batch.sequences[i];
       std::vector<int32_t> all;
       for (int32_t p = 0; p < s.position + s.count; ++p) all.push_back(Entry(s, p));
-      if (s.sample) result->sampled[i].token = HashToken(all);
+      if (!s.sample) continue;
+      result->sampled[i].token = HashToken(all);
+      result->sampled[i].top.resize(s.params->top_logprobs, {kHashVocab - 1, -1.5f});
     }
     return absl::OkStatus();
   }

@@ -1,5 +1,6 @@
 // How many prompt tokens a step may take along without the running sequences feeling it too much: learned
-// from the times of the steps themselves, since it depends on the model, the machine and the batch.
+// from the times of the steps themselves, since it depends on the model, the machine, the batch and the
+// contexts.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +8,19 @@
 
 namespace tandem::attention {
 
-// Not thread-safe.
+// Over any stretch of steps, running sequences take at most `slowdown` times as long as they would
+// undisturbed, but for the scatter of the times. Where at least one prompt token a step fits that, every step
+// keeps to it. Where not even one does (a token at the end of a long prompt beside short sequences), prompt
+// tokens come in a few steps, between which there is none: as many at a time as make the disturbed steps few
+// (under one in twenty) unless they become so long that one would see it. Not thread-safe.
 class Pacer {
  public:
-  // `slowdown`: how many times as long as without prompt work a step of running sequences may take (above 1;
-  // 0: no such limit). `max_chunk`: prompt tokens beside running sequences at most. `max_decoding`:
-  // sequences.
+  // `slowdown`: above 1, or 0: no such limit. `max_chunk`: prompt tokens beside running sequences at most.
+  // `max_decoding`: running sequences at most.
   Pacer(double slowdown, int32_t max_chunk, int32_t max_decoding);
 
-  // Prompt tokens for the next step beside `decoding` (at least one) running sequences. 0: this step is to
-  // show what they take undisturbed; the next one for the same number will not be 0.
-  int32_t Chunk(int32_t decoding);
+  // Prompt tokens for the next step beside `decoding` (at least one) running sequences; often 0.
+  int32_t Chunk(int32_t decoding) const;
 
   // A step of `decoding` running sequences and `prompt_tokens` took `seconds`.
   void Observe(int32_t decoding, int32_t prompt_tokens, double seconds);
@@ -27,11 +30,15 @@ class Pacer {
     double seconds = 0;
     uint64_t at = 0;  // step of the last measurement; 0: none
   };
+  // Seconds that prompts may add to a step.
+  double Allowance(int32_t decoding) const;
 
   const double slowdown_;
   const int32_t max_chunk_;
   std::vector<Undisturbed> undisturbed_;  // [number of running sequences]
-  double seconds_per_prompt_token_ = 0;   // beside running sequences; 0: not known
+  double seconds_per_prompt_token_ = 0;   // beside running sequences, of late; 0: not known
+  int32_t last_chunk_ = 0;                // prompt tokens of the last disturbed step
+  double debt_ = 0;                       // seconds that prompts took beyond the allowance; steps pay it back
   uint64_t step_ = 0;
 };
 
