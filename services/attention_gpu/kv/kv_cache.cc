@@ -28,9 +28,9 @@ KvCache::Match KvCache::Probe(std::span<const int32_t> tokens) const {
   return m;
 }
 
-int32_t KvCache::Adopt(std::span<const int32_t> tokens, SequencePages& s) {
-  if (!prefix_cache_) return 0;
+int32_t KvCache::Adopt(std::span<const int32_t> tokens, int32_t computed, SequencePages& s) {
   const size_t before = s.shared.size();
+  if (!prefix_cache_ || computed != static_cast<int32_t>(before) * page_tokens_) return 0;
   Node* node = before > 0 ? s.shared.back() : tree_.root();
   for (int64_t i = static_cast<int64_t>(before); i < MostAdoptable(tokens); ++i) {
     node = tree_.Find(node, PageOf(tokens, i));

@@ -46,10 +46,10 @@ class KvCache {
   };
   Match Probe(std::span<const int32_t> tokens) const;
 
-  // Adds to a sequence whose full pages are all in the tree (computed = its shared pages' tokens) the known
-  // pages that follow, at most so many that one token is left to compute. Returns the tokens gained. Pages of
-  // its own that were reserved and not yet written are given up for it.
-  int32_t Adopt(std::span<const int32_t> tokens, SequencePages& s);
+  // Adds the known pages that follow the first `computed` tokens, at most so many that one token is left to
+  // compute, and returns the tokens gained: none in the middle of a page. Pages of its own that were reserved
+  // and not yet written are given up for them.
+  int32_t Adopt(std::span<const int32_t> tokens, int32_t computed, SequencePages& s);
 
   // Makes sure of pages for the first `tokens` tokens; false, and nothing changed, if there is no room.
   bool Reserve(int32_t tokens, SequencePages& s);

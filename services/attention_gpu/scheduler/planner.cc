@@ -116,8 +116,7 @@ void Planner::Admit() {
 // Takes over pages that others have computed, at the admission and at every page's end after it: a neighbour
 // may be ahead.
 void Planner::Adopt(Sequence& s) {
-  if (s.computed != static_cast<int32_t>(s.kv.shared.size()) * kv_.page_tokens()) return;
-  const int32_t gained = kv_.Adopt(s.tokens, s.kv);
+  const int32_t gained = kv_.Adopt(s.tokens, s.computed, s.kv);
   if (gained == 0) return;
   hit_tokens_ += gained;
   s.computed += gained;
