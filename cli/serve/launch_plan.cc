@@ -106,7 +106,8 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
                     // The CPU backend computes while the experts wait, on the same cores.
                     absl::StrCat("--threads=", std::min<int>(total_threads, static_cast<int>(cpus.size()))),
                     "--cpus=" + topology::FormatCpuList({cpus.begin(), cpus.end()}),
-                    "--precision=" + options.precision, "--expert-groups=" + options.expert_groups};
+                    "--precision=" + options.precision, "--expert-groups=" + options.expert_groups,
+                    "--gpu=" + options.gpu};
   for (int i = 0; i < expert_processes; ++i) attention.argv.push_back("--expert=" + out[i].health);
   if (options.context > 0) attention.argv.push_back(absl::StrCat("--ctx=", options.context));
   if (options.max_batch_size > 0) {

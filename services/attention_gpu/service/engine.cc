@@ -21,9 +21,11 @@
 #include "common/topology/cpu_list.h"
 #include "common/topology/limits.h"
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "services/attention_gpu/backend/cuda/cuda_backend.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/expert_watch.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
+#include "services/attention_gpu/service/choose_gpu.h"
 #include "services/attention_gpu/service/engine_metrics.h"
 #include "services/attention_gpu/service/engine_service.h"
 
@@ -77,20 +79,22 @@ absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c)
 
 // The cache is taken page by page as it is used and the weights are mapped: without a look beforehand, the
 // end would come in the midst of a request.
-absl::Status CheckMemory(const gguf::File& file, const Sizes& sizes) {
+absl::Status CheckMemory(const gguf::File& file, const Sizes& sizes, double kv_host_gb) {
   uint64_t weights = 0;
   for (const gguf::Tensor& tensor : file.tensors()) {
     if (!model::IsRoutedExpertTensor(tensor.name)) weights += tensor.nbytes;
   }
   const topology::MemoryInfo memory = topology::ReadMemoryInfo();
-  const uint64_t needed = weights + sizes.kv_bytes;
+  const auto host_tier = static_cast<uint64_t>(kv_host_gb * 1e9);
+  const uint64_t needed = weights + sizes.kv_bytes + host_tier;
   if (memory.total_bytes == 0 || needed <= memory.UsableBytes()) return absl::OkStatus();
   const auto gb = [](uint64_t bytes) { return absl::StrFormat("%.2f GB", static_cast<double>(bytes) / 1e9); };
-  return absl::ResourceExhaustedError(absl::StrCat(
-      file.paths().front(), ": not enough memory: ", gb(needed), " are needed (KV cache ", gb(sizes.kv_bytes),
-      ", weights without routed experts ", gb(weights), "), ", gb(memory.UsableBytes()),
-      " are available: a smaller --kv-tokens, --ctx or --max-batch-size needs less, "
-      "--memory-check=false tries all the same"));
+  return absl::ResourceExhaustedError(
+      absl::StrCat(file.paths().front(), ": not enough memory: ", gb(needed), " are needed (KV cache ",
+                   gb(sizes.kv_bytes), ", --kv-host-gb ", gb(host_tier), ", weights without routed experts ",
+                   gb(weights), "), ", gb(memory.UsableBytes()),
+                   " are available: a smaller --kv-tokens, --ctx or --max-batch-size needs less, "
+                   "--memory-check=false tries all the same"));
 }
 
 int32_t MaxStepTokens(const Options& o) {
@@ -101,8 +105,22 @@ int32_t MaxStepTokens(const Options& o) {
 struct Loaded {
   std::unique_ptr<gguf::File> file;
   EngineInfo info;
+  std::string backend;
   std::unique_ptr<Scheduler> scheduler;
 };
+
+absl::StatusOr<threading::ThreadPool::Options> ChooseThreads(const Options& o) {
+  threading::ThreadPool::Options threads;
+  threads.threads = o.threads;
+  threads.name = "attention";
+  if (!o.cpus.empty()) {
+    auto cpus = topology::ParseCpuList(o.cpus);
+    if (!cpus.ok()) return Annotate(cpus.status(), "--cpus");
+    threads.cpus = *cpus;
+    if (threads.threads == 0) threads.threads = static_cast<int>(cpus->size());
+  }
+  return threads;
+}
 
 absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   Loaded out;
@@ -113,8 +131,16 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                c.num_experts_per_tok, c.n_group, c.topk_group, c.expert_groups_source);
   // What is wrong with the file is said now, not after the experts have been waited for.
   TANDEM_RETURN_IF_ERROR(model::BindTensors(*out.file, c).status());
-  TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
-  if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, sizes));
+  TANDEM_ASSIGN_OR_RETURN(Sizes sizes, ChooseSizes(o, c));
+  TANDEM_ASSIGN_OR_RETURN(const threading::ThreadPool::Options threads, ChooseThreads(o));
+  CudaBackendOptions on_gpu;
+  on_gpu.threads = threads;
+  on_gpu.page_tokens = kPageTokens;
+  on_gpu.page_count = sizes.pages;
+  on_gpu.max_step_tokens = MaxStepTokens(o);
+  TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu, ChooseGpu(o, *out.file, c, on_gpu));
+  if (gpu) sizes.kv_bytes = 0;  // of host memory
+  if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, sizes, o.kv_host_gb));
 
   const bool reference = o.precision == "reference";
   std::unique_ptr<ExpertGroup> experts;
@@ -144,21 +170,19 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   }
 
   service.SetProgress("preparing the weights");
-  CpuBackendOptions b;
-  b.precision = reference ? kernels::Precision::kReference : kernels::Precision::kFast;
-  b.threads.threads = o.threads;
-  b.threads.name = "attention";
-  if (!o.cpus.empty()) {
-    auto cpus = topology::ParseCpuList(o.cpus);
-    if (!cpus.ok()) return Annotate(cpus.status(), "--cpus");
-    b.threads.cpus = *cpus;
-    if (b.threads.threads == 0) b.threads.threads = static_cast<int>(cpus->size());
+  std::unique_ptr<Backend> backend;
+  if (gpu) {
+    TANDEM_ASSIGN_OR_RETURN(backend, CreateCudaBackend(*out.file, c, *gpu, std::move(experts)));
+  } else {
+    CpuBackendOptions b;
+    b.precision = reference ? kernels::Precision::kReference : kernels::Precision::kFast;
+    b.threads = threads;
+    b.page_tokens = kPageTokens;
+    b.page_count = sizes.pages;
+    b.max_step_tokens = MaxStepTokens(o);
+    TANDEM_ASSIGN_OR_RETURN(backend, CreateCpuBackend(*out.file, c, b, std::move(experts)));
   }
-  b.page_tokens = kPageTokens;
-  b.page_count = sizes.pages;
-  b.max_step_tokens = MaxStepTokens(o);
-  TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
-                          CreateCpuBackend(*out.file, c, b, std::move(experts)));
+  out.backend = backend->name();
 
   SchedulerOptions s;
   s.context_length = sizes.context;
@@ -291,8 +315,9 @@ absl::Status RunEngine(const Options& o, rpc::StopSignal& stop) {
   }
   service.SetReady(loaded.info, scheduler);
   readiness.Start(watch.get());
-  spdlog::info("ready after {:.2f} s: cpu backend, {}, {} expert process(es)",
-               absl::ToDoubleSeconds(absl::Now() - begin), loaded.info.isa, loaded.info.expert_processes);
+  spdlog::info("ready after {:.2f} s: {} backend, {}, {} expert process(es)",
+               absl::ToDoubleSeconds(absl::Now() - begin), loaded.backend, loaded.info.isa,
+               loaded.info.expert_processes);
 
   while (!stop.WaitFor(absl::Seconds(1))) {
     engine_metrics.Update(scheduler->Snapshot());

@@ -34,6 +34,13 @@ ParsedOptions ParseOptions(int argc, char** argv) {
   app.add_option("--precision", o.precision, "fast or reference")
       ->check(CLI::IsMember({"fast", "reference"}))
       ->capture_default_str();
+  app.add_option("--gpu", o.gpu,
+                 "auto (the first GPU, or the CPU where none can be used), none, or a device number")
+      ->capture_default_str();
+  app.add_option("--vram-gb,--vram", o.vram_gb,
+                 "10^9 bytes that may be taken of the GPU's memory; 0: what is free")
+      ->check(CLI::Range(0.0, 1e6))
+      ->capture_default_str();
   app.add_option("--cpus", o.cpus, "pin the threads to these CPUs, such as 0-7,16");
   app.add_option("--threads", o.threads, "compute threads; 0: one per allowed CPU")
       ->check(CLI::Range(0, 4096));

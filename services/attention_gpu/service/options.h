@@ -19,10 +19,12 @@ struct Options {
   int64_t expert_spin_us = -1;            // -1: by the CPUs to spare
   std::string expert_groups = "auto";
   std::string precision = "fast";
-  std::string cpus;       // list such as 0-7,16; empty: not pinned
-  int threads = 0;        // 0: one per allowed CPU
-  int64_t ctx = 0;        // 0: the model's context, at most 8192
-  int64_t kv_tokens = 0;  // 0: chosen from ctx and max_batch_size
+  std::string gpu = "auto";  // or none, or a device number
+  double vram_gb = 0;        // 10^9 bytes that may be taken of the GPU's memory; 0: what is free
+  std::string cpus;          // list such as 0-7,16; empty: not pinned
+  int threads = 0;           // 0: one per allowed CPU
+  int64_t ctx = 0;           // 0: the model's context, at most 8192
+  int64_t kv_tokens = 0;     // 0: chosen from ctx and max_batch_size
   int32_t max_batch_size = 16;
   int32_t max_waiting = 256;
   int64_t max_unread_tokens = 4096;

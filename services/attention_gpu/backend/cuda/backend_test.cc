@@ -1,0 +1,333 @@
+// The CUDA backend on the bundled model against the CPU backend and the golden continuations. The experts run
+// in this process, on the CPU, for both.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <numeric>
+
+#include <gmock/gmock.h>
+#include <nlohmann/json.hpp>
+
+#include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "services/attention_gpu/backend/cuda/cuda_backend.h"
+#include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+#include "tests/golden/local_experts.h"
+
+namespace tandem::attention {
+namespace {
+
+constexpr int32_t kPageTokens = 32, kPages = 192;
+constexpr int32_t kLongest = 128;  // pages of a sequence, the model's context
+
+std::string SourceDir() {
+  const char* dir = std::getenv("TANDEM_SOURCE_DIR");
+  return dir != nullptr ? dir : ".";
+}
+
+struct Prompt {
+  std::string name;
+  std::vector<int32_t> tokens, greedy;
+};
+
+std::vector<Prompt> Prompts() {
+  std::ifstream in(SourceDir() + "/tests/golden/demo/golden.json");
+  const auto json = nlohmann::json::parse(in);
+  std::vector<Prompt> out;
+  for (const auto& p : json["prompts"]) out.push_back({p["name"], p["tokens"], p["greedy"]});
+  return out;
+}
+
+// What is the same for all backends of this test.
+class Model {
+ public:
+  Model() : path_(SourceDir() + "/models/tinyr1-Q4_K_M.gguf") {
+    file_ = std::move(*gguf::File::Open(path_));
+    config_ = *model::ReadModelConfig(*file_);
+    options_.page_tokens = kPageTokens;
+    options_.page_count = kPages;
+    options_.max_step_tokens = 256;
+    options_.threads.threads = 2;
+  }
+  std::unique_ptr<ExpertGroup> Experts() const {
+    return std::move(*golden::MakeLocalExperts(path_, {{}}, kernels::Precision::kFast, 2));
+  }
+  std::unique_ptr<Backend> Cuda() const {
+    auto b = CreateCudaBackend(*file_, config_, options_, Experts());
+    EXPECT_TRUE(b.ok()) << b.status();
+    return b.ok() ? std::move(*b) : nullptr;
+  }
+  // In float32 and double: what both fast backends approach. The experts are the same for all.
+  std::unique_ptr<Backend> Cpu(kernels::Precision precision) const {
+    CpuBackendOptions o;
+    o.precision = precision;
+    o.threads.threads = 2;
+    o.page_tokens = kPageTokens;
+    o.page_count = kPages;
+    auto b = CreateCpuBackend(*file_, config_, o, Experts());
+    EXPECT_TRUE(b.ok()) << b.status();
+    return std::move(*b);
+  }
+
+  const std::string path_;
+  std::unique_ptr<gguf::File> file_;
+  model::ModelConfig config_;
+  CudaBackendOptions options_;
+};
+
+// A sequence with pages of its own.
+struct Sequence {
+  std::vector<int32_t> pages;
+  int32_t position = 0;
+  explicit Sequence(int32_t first_page, int32_t count = kLongest) {
+    for (int32_t i = 0; i < count; ++i) pages.push_back(first_page + i);
+  }
+};
+
+struct Part {
+  Sequence* sequence;
+  std::vector<int32_t> tokens;
+};
+
+const SamplingParams kGreedy;
+const std::unordered_map<int32_t, int32_t> kNoCounts;
+
+StepResult RunStep(Backend& backend, const std::vector<Part>& parts, bool want_logits,
+                   const SamplingParams& params = kGreedy) {
+  StepBatch batch;
+  batch.want_logits = want_logits;
+  for (const Part& p : parts) {
+    StepSequence s;
+    s.first = static_cast<int32_t>(batch.tokens.size());
+    s.count = static_cast<int32_t>(p.tokens.size());
+    s.position = p.sequence->position;
+    s.pages = p.sequence->pages;
+    s.sample = true;
+    s.params = &params;
+    s.counts = &kNoCounts;
+    batch.sequences.push_back(s);
+    batch.tokens.insert(batch.tokens.end(), p.tokens.begin(), p.tokens.end());
+    p.sequence->position += s.count;
+  }
+  StepResult r;
+  const absl::Status status = backend.Step(batch, &r);
+  EXPECT_TRUE(status.ok()) << status;
+  return r;
+}
+
+// The prompt in chunks; the token after it.
+int32_t Prefill(Backend& backend, Sequence& s, const std::vector<int32_t>& tokens) {
+  int32_t next = 0;
+  for (size_t at = 0; at < tokens.size(); at += 192) {
+    const std::vector<int32_t> chunk(tokens.begin() + at, tokens.begin() + std::min(at + 192, tokens.size()));
+    next = RunStep(backend, {{&s, chunk}}, false).sampled[0].token;
+  }
+  return next;
+}
+
+std::vector<int32_t> Greedy(Backend& backend, Sequence& s, int32_t token, size_t count) {
+  std::vector<int32_t> out = {token};
+  while (out.size() < count) out.push_back(RunStep(backend, {{&s, {out.back()}}}, false).sampled[0].token);
+  return out;
+}
+
+// How two distributions over the vocabulary differ.
+struct Distance {
+  double largest = 0;  // difference of log-probability among the 20 likeliest tokens of `want`
+  double kl = 0;       // of `got` from `want`, nats
+};
+Distance Compare(const float* got, const float* want, int64_t vocab) {
+  auto log_sum = [&](const float* l) {
+    const float top = *std::max_element(l, l + vocab);
+    double sum = 0;
+    for (int64_t i = 0; i < vocab; ++i) sum += std::exp(double{l[i]} - top);
+    return top + std::log(sum);
+  };
+  std::vector<int64_t> order(vocab);
+  std::iota(order.begin(), order.end(), 0);
+  std::partial_sort(order.begin(), order.begin() + 20, order.end(),
+                    [&](int64_t a, int64_t b) { return want[a] > want[b]; });
+  const double a = log_sum(got), b = log_sum(want);
+  Distance d;
+  for (int64_t i = 0; i < vocab; ++i) d.kl += std::exp(want[i] - b) * ((want[i] - b) - (got[i] - a));
+  for (int i = 0; i < 20; ++i)
+    d.largest = std::max(d.largest, std::fabs((got[order[i]] - a) - (want[order[i]] - b)));
+  return d;
+}
+
+struct Agreement {
+  double median = 0;        // of the positions' Distance::largest
+  double mean_kl = 0;       // nats
+  double routed_alike = 0;  // share of (layer, token) that went to the same experts
+};
+
+Agreement Compare(const Model& m, Backend& got_from, Backend& want_from, size_t chunk) {
+  const int64_t vocab = m.config_.vocab_size;
+  const auto k = static_cast<size_t>(m.config_.num_experts_per_tok);
+  std::vector<double> largest;
+  double kl = 0, routed = 0, alike = 0;
+  for (const Prompt& p : Prompts()) {
+    Sequence a(0), b(0);
+    for (size_t at = 0; at < p.tokens.size(); at += chunk) {
+      const std::vector<int32_t> tokens(p.tokens.begin() + at,
+                                        p.tokens.begin() + std::min(at + chunk, p.tokens.size()));
+      const StepResult got = RunStep(got_from, {{&a, tokens}}, true),
+                       want = RunStep(want_from, {{&b, tokens}}, true);
+      for (size_t t = 0; t < tokens.size(); ++t) {
+        const Distance d = Compare(got.logits.data() + t * vocab, want.logits.data() + t * vocab, vocab);
+        largest.push_back(d.largest);
+        kl += d.kl;
+        for (size_t l = 0; l < got.routing.size(); ++l) {
+          auto chosen = [&](const RoutingTrace& trace) {
+            std::vector<int32_t> ids(trace.expert_ids.begin() + t * k,
+                                     trace.expert_ids.begin() + (t + 1) * k);
+            std::sort(ids.begin(), ids.end());
+            return ids;
+          };
+          ++routed;
+          alike += chosen(got.routing[l]) == chosen(want.routing[l]);
+        }
+      }
+    }
+  }
+  std::sort(largest.begin(), largest.end());
+  const Agreement r{largest[largest.size() / 2], kl / static_cast<double>(largest.size()), alike / routed};
+  std::printf(
+      "%s, chunks of %zu, %zu positions: top-20 log-probabilities differ by %.4f (median of the largest), "
+      "%.2f "
+      "(worst); mean KL %.5f nats; %.2f %% of the routings alike\n",
+      got_from.name().c_str(), chunk, largest.size(), r.median, largest.back(), r.mean_kl,
+      r.routed_alike * 100);
+  return r;
+}
+
+// Chunks of 192 go through the float16 products, chunks of 8 through the int8 ones. A token near a routing
+// boundary may go to another expert, which moves its distribution by far more than rounding does: the worst
+// one says little, and the bulk is held to what the CPU backend's own fast mode is away from its reference.
+TEST(CudaBackend, IsAsNearToTheReferenceAsTheCpuBackendIs) {
+  TANDEM_NEEDS_GPU();
+  const Model m;
+  const auto cuda = m.Cuda(), fast = m.Cpu(kernels::Precision::kFast),
+             reference = m.Cpu(kernels::Precision::kReference);
+  ASSERT_NE(cuda, nullptr);
+  const Agreement cpu = Compare(m, *fast, *reference, 192);
+  for (size_t chunk : {192, 8}) {
+    const Agreement gpu = Compare(m, *cuda, *reference, chunk);
+    EXPECT_LT(gpu.median, 1.5 * cpu.median);
+    EXPECT_LT(gpu.mean_kl, 1.5 * cpu.mean_kl);
+    EXPECT_GT(gpu.routed_alike, 1 - 1.5 * (1 - cpu.routed_alike));
+  }
+}
+
+TEST(CudaBackend, GreedyContinuationsAreTheGoldenOnes) {
+  TANDEM_NEEDS_GPU();
+  const Model m;
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  for (const Prompt& p : Prompts()) {
+    Sequence s(0);
+    const int32_t first = Prefill(*cuda, s, p.tokens);
+    EXPECT_EQ(Greedy(*cuda, s, first, p.greedy.size()), p.greedy) << p.name;
+  }
+}
+
+TEST(CudaBackend, ATokenHasTheSameBitsInABatchAndAlone) {
+  TANDEM_NEEDS_GPU();
+  const Model m;
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  const auto prompts = Prompts();
+  const int64_t vocab = m.config_.vocab_size;
+  std::vector<Sequence> alone = {Sequence(0, 16), Sequence(16, 16), Sequence(32, 16)}, together = alone;
+  std::vector<Part> parts;
+  std::vector<std::vector<float>> want;
+  for (size_t i = 0; i < 3; ++i) {
+    const auto& t = prompts[i % prompts.size()].tokens;
+    RunStep(*cuda, {{&alone[i], t}}, false);
+    together[i].position = alone[i].position;
+    want.push_back(RunStep(*cuda, {{&alone[i], {t[0]}}}, true).logits);
+    parts.push_back({&together[i], {t[0]}});
+  }
+  const auto got = RunStep(*cuda, parts, true).logits;
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(cuda::testing::SameBits(got.data() + i * vocab, want[i].data(), vocab)) << "sequence " << i;
+  }
+}
+
+TEST(CudaBackend, SamplesAsTheCpuSamplerDoes) {
+  TANDEM_NEEDS_GPU();
+  const Model m;
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  const auto tokens = Prompts()[0].tokens;
+  SamplingParams p;
+  p.temperature = 1.3f;
+  p.top_p = 0.9f;
+  p.seed = 5;
+  p.logprobs = true;
+  p.top_logprobs = 3;
+  Sequence a(0, 16), b(16, 16);
+  StepResult with_logits = RunStep(*cuda, {{&a, tokens}}, true, p);
+  const StepResult without = RunStep(*cuda, {{&b, tokens}}, false, p);
+  const int64_t vocab = m.config_.vocab_size;
+  const SampledToken want =
+      Sample({with_logits.logits.data() + (tokens.size() - 1) * vocab, static_cast<size_t>(vocab)}, p,
+             tokens.size(), kNoCounts);
+  EXPECT_EQ(with_logits.sampled[0].token, want.token);
+  EXPECT_EQ(without.sampled[0].top.size(), 3u);
+}
+
+TEST(CudaBackend, APageSurvivesACopyOutAndIntoAnotherPlace) {
+  TANDEM_NEEDS_GPU();
+  const Model m;
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  const auto tokens = Prompts()[2].tokens;
+  Sequence a(0);
+  RunStep(*cuda, {{&a, tokens}}, false);
+  Sequence moved(140, 16);
+  moved.position = a.position;
+  std::vector<std::byte> page(cuda->page_bytes());
+  for (int32_t i = 0; i * kPageTokens < a.position; ++i) {
+    ASSERT_TRUE(cuda->CopyPageOut(a.pages[i], page).ok());
+    ASSERT_TRUE(cuda->CopyPageIn(page, moved.pages[i]).ok());
+  }
+  EXPECT_EQ(RunStep(*cuda, {{&a, {7}}}, true).logits, RunStep(*cuda, {{&moved, {7}}}, true).logits);
+  EXPECT_FALSE(cuda->CopyPageOut(kPages, page).ok());
+}
+
+TEST(CudaBackend, SaysWhatIsWrong) {
+  TANDEM_NEEDS_GPU();
+  Model m;
+  const auto plan = PlanCuda(*m.file_, m.config_, m.options_);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_GT(plan->weights, 3'000'000u);
+  EXPECT_EQ(plan->cache, uint64_t{kPages} * kPageTokens * 288 * 2 * 6);
+  CudaBackendOptions o = m.options_;
+  o.vram_limit = 20'000'000;
+  const auto too_small = PlanCuda(*m.file_, m.config_, o);
+  EXPECT_EQ(too_small.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(too_small.status().message()), testing::HasSubstr("of 20 MB"));
+  o = m.options_;
+  o.device = 99;
+  EXPECT_EQ(PlanCuda(*m.file_, m.config_, o).status().code(), absl::StatusCode::kNotFound);
+  model::ModelConfig odd = m.config_;
+  odd.kv_lora_rank = 384;
+  EXPECT_EQ(PlanCuda(*m.file_, odd, m.options_).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+// Where there is no GPU this is what start-up sees; where there is one, the plan works.
+TEST(CudaBackend, WithoutAGpuThePlanSaysSo) {
+  const Model m;
+  const auto plan = PlanCuda(*m.file_, m.config_, m.options_);
+  if (cuda::testing::NoGpu().empty()) {
+    EXPECT_TRUE(plan.ok()) << plan.status();
+    return;
+  }
+  EXPECT_EQ(plan.status().code(), absl::StatusCode::kNotFound) << plan.status();
+  EXPECT_FALSE(plan.status().message().empty());
+}
+
+}  // namespace
+}  // namespace tandem::attention

@@ -1,0 +1,216 @@
+// The kernels on the shapes of DeepSeek-R1, each beside the ceiling measured in the same run; JSON lines.
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <numeric>
+
+#include "services/attention_gpu/backend/cuda/ceilings.h"
+#include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+
+namespace tandem::attention::cuda {
+namespace {
+
+using testing::DeviceArray;
+
+constexpr int64_t kFar = int64_t{512} << 20;  // enough bytes that no cache holds them
+
+// A stretch of work that is launched again and again, `rounds` of it as one graph. Seconds of one round, the
+// median of several graphs.
+double Time(int rounds, const std::function<cudaError_t(int, cudaStream_t)>& launch) {
+  cudaStream_t stream;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  auto must = [](cudaError_t e) {
+    if (e != cudaSuccess) {
+      std::fprintf(stderr, "%s\n", cudaGetErrorString(e));
+      std::exit(1);
+    }
+  };
+  cudaGraph_t graph;
+  cudaGraphExec_t run;
+  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < rounds; ++i) must(launch(i, stream));
+  must(cudaStreamEndCapture(stream, &graph));
+  must(cudaGraphInstantiate(&run, graph, 0));
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  std::vector<double> seconds;
+  for (int i = 0; i < 8; ++i) {
+    cudaEventRecord(begin, stream);
+    must(cudaGraphLaunch(run, stream));
+    cudaEventRecord(end, stream);
+    must(cudaStreamSynchronize(stream));
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
+    if (i >= 3) seconds.push_back(ms * 1e-3 / rounds);
+  }
+  std::sort(seconds.begin(), seconds.end());
+  cudaGraphExecDestroy(run);
+  cudaGraphDestroy(graph);
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaStreamDestroy(stream);
+  return seconds[seconds.size() / 2];
+}
+
+double read_ceiling = 0;    // bytes a second
+double tensor_ceiling = 0;  // operations a second
+
+void Report(const char* bench, const std::string& shape, int64_t tokens, double bytes, double flops,
+            double seconds) {
+  std::printf("{\"bench\": \"%s\", \"shape\": \"%s\", \"tokens\": %lld, \"microseconds\": %.2f, ", bench,
+              shape.c_str(), static_cast<long long>(tokens), seconds * 1e6);
+  std::printf("\"gbps\": %.1f, \"ceiling_gbps\": %.1f, \"ratio\": %.3f", bytes / seconds / 1e9,
+              read_ceiling / 1e9, bytes / seconds / read_ceiling);
+  if (flops > 0) {
+    std::printf(", \"tflops\": %.1f, \"ceiling_tflops\": %.1f, \"tflops_ratio\": %.3f",
+                flops / seconds / 1e12, tensor_ceiling / 1e12, flops / seconds / tensor_ceiling);
+  }
+  std::printf("}\n");
+  std::fflush(stdout);
+}
+
+void Ceilings() {
+  const DeviceArray<uint8_t> data(2 * kFar);
+  const DeviceArray<uint32_t> sink(1);
+  double seconds =
+      Time(4, [&](int, cudaStream_t s) { return LaunchRead(data.get(), 2 * kFar, sink.get(), s); });
+  read_ceiling = 2.0 * kFar / seconds;
+  double flops = 0;
+  const DeviceArray<float> result(1);
+  seconds = Time(4, [&](int, cudaStream_t s) { return LaunchTensorWork(result.get(), &flops, s); });
+  tensor_ceiling = flops / seconds;
+  std::printf("{\"bench\": \"ceilings\", \"read_gbps\": %.1f, \"mma_f16_tflops\": %.1f}\n",
+              read_ceiling / 1e9, tensor_ceiling / 1e12);
+}
+
+struct WeightShape {
+  const char* name;
+  gguf::TensorType type;
+  int64_t rows, cols;
+};
+
+// Random bytes are valid blocks; scales that are not finite cost no more than others.
+std::vector<uint8_t> RandomBytes(int64_t n) {
+  std::mt19937_64 rng(1);
+  std::vector<uint8_t> bytes(n);
+  for (int64_t i = 0; i + 8 <= n; i += 8) {
+    const uint64_t v = rng();
+    std::memcpy(bytes.data() + i, &v, 8);
+  }
+  return bytes;
+}
+
+void Products(const WeightShape& s, const std::vector<int>& columns) {
+  const auto type = static_cast<int32_t>(s.type);
+  const int64_t row_bytes = DeviceRowBytes(type, s.cols), bytes = row_bytes * s.rows;
+  const auto copies = static_cast<int>(std::clamp<int64_t>(kFar / bytes, 1, 64));
+  const DeviceArray<uint8_t> weights(RandomBytes(bytes * copies));
+  std::mt19937 rng(2);
+  const int most = *std::max_element(columns.begin(), columns.end());
+  const testing::DeviceActivations a(kernels::testing::Gaussian(rng, most * s.cols), most, s.cols, s.cols);
+  const DeviceArray<float> y(most * s.rows);
+  for (int n : columns) {
+    ProductParams p;
+    p.x = a.get();
+    p.y = y.get();
+    p.y_column = s.rows;
+    p.columns = n;
+    const double seconds = Time(copies, [&](int i, cudaStream_t stream) {
+      p.w = {type, weights.get() + i * bytes, s.rows, s.cols, row_bytes};
+      return n > kMaxColumns ? LaunchMatMul(p, stream) : LaunchMatVec(p, stream);
+    });
+    Report(n > kMaxColumns ? "cuda_matmul" : "cuda_matvec",
+           std::string(gguf::TypeName(s.type)) + " " + std::to_string(s.rows) + "x" + std::to_string(s.cols) +
+               " " + s.name,
+           n, static_cast<double>(bytes), n > kMaxColumns ? 2.0 * n * s.rows * s.cols : 0, seconds);
+  }
+}
+
+void Attention(int64_t tokens, int rows, bool decode) {
+  const int32_t heads = 128, lora = 512, rope = 64, width = lora + rope, page_tokens = 32;
+  const int64_t a_row = tokens * width;
+  // One sequence a row in decode, all rows of one sequence in prefill.
+  const int64_t sequences = decode ? rows : 1;
+  const int64_t pages = (tokens + page_tokens - 1) / page_tokens * sequences;
+  const int copies = static_cast<int>(std::clamp<int64_t>(kFar / (pages * page_tokens * width * 2), 1, 16));
+  std::vector<uint16_t> cache(pages * page_tokens * width);
+  std::mt19937 rng(3);
+  for (uint16_t& v : cache) v = static_cast<uint16_t>(0x3c00 + (rng() & 0x83ff));
+  const DeviceArray<uint16_t> d_cache(cache.size() * copies),
+      query(std::vector<uint16_t>(static_cast<size_t>(rows) * heads * width, 0x3c00));
+  for (int i = 0; i < copies; ++i) {
+    cudaMemcpy(d_cache.get() + i * cache.size(), cache.data(), cache.size() * 2, cudaMemcpyHostToDevice);
+  }
+  std::vector<int32_t> table(pages), position(rows), first(rows), splits(rows), part(rows);
+  std::iota(table.begin(), table.end(), 0);
+  const int split = decode ? SplitsOf(tokens) : 1;
+  double seen = 0;
+  for (int i = 0; i < rows; ++i) {
+    position[i] = static_cast<int32_t>(decode ? tokens - 1 : tokens - rows + i);
+    first[i] = decode ? static_cast<int32_t>(i * (pages / rows)) : 0;
+    splits[i] = split;
+    part[i] = i * split;
+    seen += position[i] + 1;
+  }
+  const DeviceArray<int32_t> d_table(table), d_position(position), d_first(first), d_splits(splits),
+      d_part(part);
+  const DeviceArray<float> out(static_cast<size_t>(rows) * heads * lora),
+      partial(decode ? static_cast<size_t>(rows) * split * heads * lora : 1);
+  const DeviceArray<float2> state(static_cast<size_t>(rows) * split * heads);
+  AttentionParams p;
+  p.rows = {d_position.get(), d_first.get(), d_table.get(), page_tokens, nullptr};
+  p.splits = d_splits.get();
+  p.first_partial = d_part.get();
+  p.query = query.get();
+  p.out = out.get();
+  p.partial = partial.get();
+  p.partial_state = state.get();
+  p.n = rows;
+  p.heads = heads;
+  p.lora = lora;
+  p.rope = rope;
+  p.most_splits = split;
+  const double seconds = Time(copies, [&](int i, cudaStream_t stream) {
+    p.cache = d_cache.get() + i * cache.size();
+    return LaunchAttention(p, stream);
+  });
+  Report(decode ? "cuda_attention_decode" : "cuda_attention_prefill", "R1, context " + std::to_string(tokens),
+         rows, 2.0 * a_row * sequences, 2.0 * seen * heads * (width + lora), seconds);
+}
+
+int Main() {
+  if (!testing::NoGpu().empty()) {
+    std::printf("skipped, no GPU: %s\n", testing::NoGpu().c_str());
+    return 0;
+  }
+  const Device device = *OpenDevice(0);
+  std::printf("{\"machine\": \"%s\"}\n", device.name.c_str());
+  Ceilings();
+  using T = gguf::TensorType;
+  for (T type : {T::kQ4_K, T::kQ5_K, T::kQ6_K, T::kQ8_0, T::kQ5_0, T::kQ4_0, T::kF16, T::kBF16, T::kF32}) {
+    Products({"attn_output", type, 7168, 16384}, {1, 2, 4, 8, 16});
+  }
+  for (const WeightShape& s : {WeightShape{"q_b", T::kQ4_K, 24576, 1536},
+                               {"kv_a", T::kQ4_K, 576, 7168},
+                               {"shared gate", T::kQ4_K, 2048, 7168},
+                               {"shared down", T::kQ6_K, 7168, 2048},
+                               {"head", T::kQ6_K, 129280, 7168},
+                               {"router", T::kF32, 256, 7168}}) {
+    Products(s, {1, 8});
+  }
+  for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
+    Products({"attn_output", type, 7168, 16384}, {32, 64, 256, 1024, 4096});
+  }
+  for (int64_t tokens : {1024, 8192, 32768, 131072}) Attention(tokens, 1, true);
+  Attention(8192, 4, true);
+  Attention(8192, 16, true);
+  Attention(4096, 256, false);
+  Attention(16384, 256, false);
+  return 0;
+}
+
+}  // namespace
+}  // namespace tandem::attention::cuda
+
+int main() { return tandem::attention::cuda::Main(); }

@@ -1,0 +1,222 @@
+// The kernels of the CUDA backend: plain parameters in, work on a stream out. This header is read by the host
+// compiler and by nvcc. All pointers are device memory unless said otherwise; all sizes are in elements.
+// Launchers return the launch's error; what a kernel does later is seen at the next synchronization.
+//
+// Numerics. Weights keep their GGUF values. A product with few columns (up to kMaxColumns) quantizes the
+// activations to int8 in blocks of 32 (scale = largest / 127), sums each block exactly in int32 and the
+// blocks in float32; a row and column give the same bits whatever other columns are in the call. A product
+// with more columns rounds activations and decoded weights to float16 (11 bits; rows of activations are
+// scaled by a power of two first, so that nothing overflows) and sums in float32 on tensor cores. F32 weights
+// always meet float32 activations.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "services/attention_gpu/backend/cuda/row_layout.h"
+
+namespace tandem::attention::cuda {
+
+constexpr int kMaxColumns = 16;  // of a product on int8 activations
+
+// A weight in device memory: `rows` rows of `cols` inputs, each laid out as row_layout.h says.
+struct DeviceMatrix {
+  int32_t type = kF32;            // a GGUF id of row_layout.h
+  const uint8_t* data = nullptr;  // aligned to 16 bytes
+  int64_t rows = 0;
+  int64_t cols = 0;       // a multiple of 32, for K types of 256
+  int64_t row_bytes = 0;  // a multiple of 16
+};
+
+// Activations in the forms that products read, for `rows` vectors of `cols` values. Row j * heads + h is
+// column j of the product of head h; heads is 1 but for products that have a matrix for each head.
+struct Activations {
+  const float* x = nullptr;  // rows x_stride apart; F16, BF16 and F32 weights with few columns, F32 always
+  int64_t x_stride = 0;
+  // The int8 form, in the order in which tensor cores read it: for each head, and each group of 8 columns
+  // (the last one padded), [cols / 32][8 columns][32 values], aligned to 16 bytes. Int8FormRows() * cols
+  // integers.
+  const int8_t* q = nullptr;
+  const float2* q_meta = nullptr;  // of the same 32 values: (scale, scale * sum of the integers)
+  const uint16_t* h = nullptr;     // [rows, cols] float16, aligned to 16 bytes; x = h * h_scale
+  const float* h_scale = nullptr;  // [rows]
+  int64_t cols = 0;
+};
+inline int64_t Int8FormRows(int64_t rows, int64_t heads) { return (rows / heads + 7) / 8 * 8 * heads; }
+
+// For each batch b and column j: y[b * y_batch + j * y_column + r] = sum_c w_b[r, c] x_row[c], or += with
+// `accumulate`. Batch b uses the weight rows from b * w.rows on and the activation row b * x_batch + j *
+// x_column.
+struct ProductParams {
+  DeviceMatrix w;  // of one batch
+  Activations x;
+  int64_t x_batch = 0;
+  int64_t x_column = 1;
+  float* y = nullptr;
+  int64_t y_batch = 0;
+  int64_t y_column = 0;
+  int32_t columns = 0;
+  int32_t batches = 1;
+  bool accumulate = false;
+};
+
+// Up to kMaxColumns columns (F32 weights: any number, in groups of that many).
+cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
+cudaError_t LaunchInt8Product(const ProductParams& p, cudaStream_t stream);  // its part for quantized weights
+// Any number of columns; not for F32 weights.
+cudaError_t LaunchMatMul(const ProductParams& p, cudaStream_t stream);
+// Must be called once for the current device before LaunchMatMul: asks for its shared memory.
+cudaError_t PrepareMatMul();
+
+// int8 form of rows of float32, and the float16 form.
+struct QuantizeParams {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;   // a multiple of 32
+  int64_t heads = 1;  // of which `rows` is a multiple; matters to the int8 form
+  int8_t* q = nullptr;
+  float2* q_meta = nullptr;
+  uint16_t* h = nullptr;
+  float* h_scale = nullptr;
+};
+cudaError_t LaunchQuantize(const QuantizeParams& p, cudaStream_t stream);  // writes q, q_meta
+cudaError_t LaunchToHalf(const QuantizeParams& p, cudaStream_t stream);    // writes h, h_scale
+
+// Blocks as they lie in a GGUF file to rows as row_layout.h says. `src` and `dst` must not overlap.
+struct RepackParams {
+  int32_t type = 0;
+  const uint8_t* src = nullptr;  // rows one after the other, aligned to 2 bytes
+  uint8_t* dst = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+};
+cudaError_t LaunchRepack(const RepackParams& p, cudaStream_t stream);
+
+// out[i, :] = row ids[i] of w.
+struct EmbedParams {
+  DeviceMatrix w;
+  const int32_t* ids = nullptr;  // each in [0, w.rows)
+  float* out = nullptr;          // [n, w.cols]
+  int64_t n = 0;
+};
+cudaError_t LaunchEmbed(const EmbedParams& p, cudaStream_t stream);
+
+// y = x / sqrt(mean(x^2) + eps) * weight for each row; and, where q is given, the int8 form of y.
+struct RmsNormParams {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const int32_t* row_ids = nullptr;  // row i reads row row_ids[i] of x; null: row i
+  const float* weight = nullptr;     // [cols]
+  float eps = 0;
+  float* y = nullptr;  // [rows, cols], may be x if x_stride == cols and there are no row_ids
+  int8_t* q = nullptr;
+  float2* q_meta = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;  // a multiple of 32
+};
+cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream);
+
+// y = gate / (1 + exp(-gate)) * up; and, where q is given, the int8 form of y. All [rows, cols], dense.
+struct SiluMulParams {
+  const float* gate = nullptr;
+  const float* up = nullptr;
+  float* y = nullptr;  // may be gate
+  int8_t* q = nullptr;
+  float2* q_meta = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;  // a multiple of 32
+};
+cudaError_t LaunchSiluMul(const SiluMulParams& p, cudaStream_t stream);
+
+cudaError_t LaunchAdd(float* x, const float* delta, int64_t n, cudaStream_t stream);  // x += delta
+
+// What the kernels of one step read about each token row.
+struct StepRows {
+  const int32_t* position = nullptr;    // [n] in its sequence
+  const int32_t* first_page = nullptr;  // [n] where the page table of its sequence begins in `pages`
+  const int32_t* pages = nullptr;       // entry i of a table: the page of positions from i * page_tokens on
+  int32_t page_tokens = 0;
+  const float* rope = nullptr;  // [n, rope / 2, (cos, sin)]
+};
+
+// One layer of the paged latent cache: [pages, page_tokens, lora + rope] bfloat16, the normalized latent and
+// the rotated shared key.
+struct CacheWriteParams {
+  StepRows rows;
+  const float* kv = nullptr;      // [n, lora + rope], before norm and rotation
+  const float* weight = nullptr;  // [lora]
+  float eps = 0;
+  uint16_t* cache = nullptr;
+  int64_t n = 0;
+  int32_t lora = 0, rope = 0;
+};
+cudaError_t LaunchCacheWrite(const CacheWriteParams& p, cudaStream_t stream);
+
+// The query in the form that attention reads, bfloat16 [n, heads, lora + rope]: the absorbed part, then the
+// rotated rest of q, both times `scale`.
+struct QueryParams {
+  StepRows rows;
+  const float* absorbed = nullptr;  // [n, heads, lora]
+  const float* q = nullptr;         // [n, heads, nope + rope]
+  float scale = 0;
+  uint16_t* out = nullptr;
+  int64_t n = 0;
+  int32_t heads = 0, lora = 0, nope = 0, rope = 0;
+};
+cudaError_t LaunchQuery(const QueryParams& p, cudaStream_t stream);
+
+// Absorbed MLA attention: for token row t, positions [0, position[t]] of its sequence's cache.
+//   out[t, h, :] = softmax over p of (query[t, h, :] . key_p) applied to the first `lora` values of key_p.
+// bfloat16 operands on tensor cores, float32 sums; the weights of the softmax are rounded to bfloat16 too.
+// Row t is cut into splits[t] stretches of equal length, whose results are then combined. Where the caller
+// chooses splits[t] by the row's own position alone, its bits do not depend on the batch.
+struct AttentionParams {
+  StepRows rows;                           // page_tokens: a multiple of kAttentionTile
+  const int32_t* splits = nullptr;         // [n], in [1, kMaxSplits]
+  const int32_t* first_partial = nullptr;  // [n] index of the row's first part, where splits > 1
+  const uint16_t* query = nullptr;         // [n, heads, lora + rope]
+  const uint16_t* cache = nullptr;         // the layer's
+  float* out = nullptr;                    // [n, heads, lora]
+  float* partial = nullptr;                // [parts, heads, lora]
+  float2* partial_state = nullptr;         // [parts, heads]: (largest score, sum of weights)
+  int64_t n = 0;
+  int32_t heads = 0, lora = 0, rope = 0;
+  int32_t most_splits = 1;  // of the rows in this call
+};
+constexpr int kAttentionTile = 32;  // positions handled together
+constexpr int kSplitTokens = 256;   // the least worth a split
+constexpr int kMaxSplits = 32;
+// Splits of a row that sees `tokens` positions, where it is one of few rows.
+inline int SplitsOf(int64_t tokens) {
+  const int64_t n = (tokens + kSplitTokens - 1) / kSplitTokens;
+  return n < 1 ? 1 : n > kMaxSplits ? kMaxSplits : static_cast<int>(n);
+}
+bool AttentionSupports(int32_t lora, int32_t rope);
+cudaError_t PrepareAttention();  // once for the current device, before the first launch
+cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream);
+
+// Which experts a token goes to; the definition is backend/cpu/router.h. At most 1024 experts and groups.
+struct RouteParams {
+  const float* logits = nullptr;  // [n, experts]
+  const float* bias = nullptr;    // [experts] or null
+  int32_t* ids = nullptr;         // [n, top_k]
+  float* weights = nullptr;       // [n, top_k]
+  int64_t n = 0;
+  int32_t experts = 0, top_k = 0, groups = 1, top_groups = 1;
+  bool sigmoid = false, normalize = false;
+  float scale = 1;
+};
+cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream);
+
+// token[i] = the lowest id among the largest of logits[i, :]; NaN counts as -infinity.
+struct ArgmaxParams {
+  const float* logits = nullptr;  // [n, vocab]
+  int32_t* token = nullptr;
+  int64_t n = 0;
+  int64_t vocab = 0;
+};
+cudaError_t LaunchArgmax(const ArgmaxParams& p, cudaStream_t stream);
+
+}  // namespace tandem::attention::cuda

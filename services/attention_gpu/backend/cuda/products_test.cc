@@ -1,0 +1,276 @@
+// Products with quantized weights against sums in double over what quant::Dequantize gives.
+#include <cmath>
+#include <limits>
+
+#include "common/quant/quant.h"
+#include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+
+namespace tandem::attention::cuda {
+namespace {
+
+using gguf::TensorType;
+using kernels::testing::Gaussian;
+using kernels::testing::RandomBlocks;
+using kernels::testing::Weights;
+using testing::Check;
+using testing::DeviceActivations;
+using testing::DeviceArray;
+using testing::DeviceTypes;
+using testing::DeviceWeight;
+using testing::SameBits;
+
+std::vector<float> Dequantized(const kernels::Matrix& m) {
+  std::vector<float> w(m.rows * m.cols);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    quant::Dequantize(m.type, m.data + r * m.row_bytes, w.data() + r * m.cols, m.cols);
+  }
+  return w;
+}
+
+struct Case {
+  int64_t rows, cols;
+  int columns;
+};
+
+// Columns as the products see them: x itself, or its int8 form.
+std::vector<double> Seen(const std::vector<float>& x, const DeviceActivations& a, bool integers,
+                         int64_t cols) {
+  std::vector<double> seen(x.begin(), x.end());
+  if (!integers) return seen;
+  const auto q = a.q();
+  const auto meta = a.meta();
+  for (size_t i = 0; i < seen.size(); ++i) {
+    seen[i] = double{meta[i / cols * (cols / 32) + i % cols / 32].x} * q[i];
+  }
+  return seen;
+}
+
+// |got - sum w x| <= of_sum * sum |w x| + of_x * sum |x| for all rows and columns.
+void ExpectProduct(const std::vector<float>& w, const std::vector<double>& x, const Case& c,
+                   const std::vector<float>& got, double of_sum, double of_x, const std::string& what) {
+  for (int j = 0; j < c.columns; ++j) {
+    for (int64_t r = 0; r < c.rows; ++r) {
+      double sum = 0, size = 0, x_size = 0;
+      for (int64_t k = 0; k < c.cols; ++k) {
+        const double term = w[r * c.cols + k] * x[j * c.cols + k];
+        sum += term;
+        size += std::fabs(term);
+        x_size += std::fabs(x[j * c.cols + k]);
+      }
+      const float y = got[j * c.rows + r];
+      ASSERT_LE(std::fabs(y - sum), of_sum * size + of_x * x_size)
+          << what << ", row " << r << ", column " << j << ": " << y << " instead of " << sum;
+    }
+  }
+}
+
+std::vector<float> Product(const DeviceMatrix& w, const DeviceActivations& a, int columns, bool many) {
+  DeviceArray<float> y(w.rows * columns);
+  ProductParams p;
+  p.w = w;
+  p.x = a.get();
+  p.y = y.get();
+  p.y_column = w.rows;
+  p.columns = columns;
+  Check(many ? LaunchMatMul(p, nullptr) : LaunchMatVec(p, nullptr));
+  return y.Download();
+}
+
+std::string Name(TensorType type, const Case& c) {
+  return std::string(gguf::TypeName(type)) + " " + std::to_string(c.rows) + "x" + std::to_string(c.cols) +
+         " by " + std::to_string(c.columns);
+}
+
+TEST(CudaProducts, FewColumnsEqualTheSumsOverTheIntegers) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(1);
+  for (TensorType type : DeviceTypes()) {
+    for (const Case& c : {Case{37, 256, 1},
+                          {64, 512, 2},
+                          {5, 2048, 3},
+                          {130, 1536, 5},
+                          {33, 7168, 16},
+                          {96, 768, 11},
+                          {300, 256, 8}}) {
+      const Weights w = RandomBlocks(rng, type, c.rows, c.cols);
+      const auto x = Gaussian(rng, c.columns * c.cols);
+      const DeviceWeight device(w.m);
+      const DeviceActivations a(x, c.columns, c.cols, c.cols);
+      const bool integers = !IsFloatType(device.matrix().type);
+      ExpectProduct(Dequantized(w.m), Seen(x, a, integers, c.cols), c,
+                    Product(device.matrix(), a, c.columns, false), 3e-6, 0, Name(type, c));
+    }
+  }
+}
+
+// Rows of a head: fewer values than a warp has lanes for.
+TEST(CudaProducts, ShortRows) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(2);
+  for (TensorType type : DeviceTypes()) {
+    if (kernels::testing::BlockSize(type) > 32) continue;
+    for (const Case& c :
+         {Case{70, 32, 1}, {70, 32, 4}, {512, 128, 1}, {512, 128, 9}, {40, 64, 16}, {40, 96, 2}}) {
+      const Weights w = RandomBlocks(rng, type, c.rows, c.cols);
+      const auto x = Gaussian(rng, c.columns * c.cols);
+      const DeviceWeight device(w.m);
+      const DeviceActivations a(x, c.columns, c.cols, c.cols);
+      const bool integers = !IsFloatType(device.matrix().type);
+      ExpectProduct(Dequantized(w.m), Seen(x, a, integers, c.cols), c,
+                    Product(device.matrix(), a, c.columns, false), 3e-6, 0, Name(type, c));
+    }
+  }
+}
+
+// Both factors are rounded to 11 bits: at most 2^-11 of each, together a little less than 1e-3.
+TEST(CudaProducts, ManyColumnsAreCloseToTheExactProduct) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(3);
+  for (TensorType type : DeviceTypes()) {
+    if (type == TensorType::kF32) continue;
+    for (const Case& c :
+         {Case{128, 256, 64}, {200, 512, 17}, {70, 768, 65}, {129, 1536, 130}, {64, 2048, 200}}) {
+      const Weights w = RandomBlocks(rng, type, c.rows, c.cols);
+      auto x = Gaussian(rng, c.columns * c.cols);
+      for (int j = 0; j < c.columns; ++j) {  // columns of very different size
+        const float size = std::ldexp(1.0f, j % 41 - 20);
+        for (int64_t k = 0; k < c.cols; ++k) x[j * c.cols + k] *= size;
+      }
+      const DeviceWeight device(w.m);
+      const DeviceActivations a(x, c.columns, c.cols, c.cols);
+      ExpectProduct(Dequantized(w.m), {x.begin(), x.end()}, c, Product(device.matrix(), a, c.columns, true),
+                    1e-3, 6e-8, Name(type, c));
+    }
+  }
+}
+
+TEST(CudaProducts, ManyColumnsOfShortRows) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(4);
+  for (TensorType type :
+       {TensorType::kQ8_0, TensorType::kQ5_0, TensorType::kQ4_0, TensorType::kF16, TensorType::kBF16}) {
+    for (const Case& c : {Case{140, 32, 70}, {64, 96, 20}, {512, 128, 33}}) {
+      const Weights w = RandomBlocks(rng, type, c.rows, c.cols);
+      const auto x = Gaussian(rng, c.columns * c.cols);
+      const DeviceWeight device(w.m);
+      const DeviceActivations a(x, c.columns, c.cols, c.cols);
+      ExpectProduct(Dequantized(w.m), {x.begin(), x.end()}, c, Product(device.matrix(), a, c.columns, true),
+                    1e-3, 6e-8, Name(type, c));
+    }
+  }
+}
+
+TEST(CudaProducts, AColumnHasTheSameBitsInAnyCompany) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(5);
+  const int64_t rows = 77, cols = 2304;
+  for (TensorType type : DeviceTypes()) {
+    const Weights w = RandomBlocks(rng, type, rows, cols);
+    const DeviceWeight device(w.m);
+    const auto x = Gaussian(rng, 40 * cols);
+    auto of = [&](int first, int columns, bool many) {
+      const std::vector<float> part(x.begin() + first * cols, x.begin() + (first + columns) * cols);
+      const DeviceActivations a(part, columns, cols, cols);
+      return Product(device.matrix(), a, columns, many);
+    };
+    const auto alone = of(3, 1, false);
+    for (int columns : {2, 4, 7, 13, 16}) {
+      EXPECT_TRUE(SameBits(alone.data(), of(3, columns, false).data(), rows))
+          << Name(type, {rows, cols, columns});
+      EXPECT_TRUE(SameBits(alone.data(),
+                           of(4 - columns < 0 ? 0 : 4 - columns, columns, false).data() +
+                               (4 - columns < 0 ? 3 : columns - 1) * rows,
+                           rows))
+          << Name(type, {rows, cols, columns});
+    }
+    if (type == TensorType::kF32) continue;
+    const auto all = of(0, 40, true);
+    EXPECT_TRUE(SameBits(all.data() + 3 * rows, of(3, 20, true).data(), rows)) << gguf::TypeName(type);
+  }
+}
+
+TEST(CudaProducts, HeadsAndAccumulation) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(6);
+  const int64_t heads = 6, rows = 40, cols = 64, x_head = 96;  // of a head's 96 values the first 64
+  for (int columns : {1, 7, 16, 30}) {
+    const Weights w = RandomBlocks(rng, TensorType::kQ8_0, heads * rows, cols);
+    const std::vector<float> dense = Dequantized(w.m);
+    const DeviceWeight device(w.m, heads);
+    const auto x = Gaussian(rng, columns * heads * x_head);
+    const DeviceActivations a(x, columns * heads, cols, x_head, heads);
+    const auto before = Gaussian(rng, columns * heads * rows);
+    DeviceArray<float> y(before);
+    ProductParams p;
+    p.w = device.matrix();
+    p.x = a.get();
+    p.x_batch = 1;
+    p.x_column = heads;
+    p.y = y.get();
+    p.y_batch = rows;
+    p.y_column = heads * rows;
+    p.columns = columns;
+    p.batches = static_cast<int32_t>(heads);
+    p.accumulate = true;
+    Check(columns > kMaxColumns ? LaunchMatMul(p, nullptr) : LaunchMatVec(p, nullptr));
+    const auto got = y.Download();
+    for (int j = 0; j < columns; ++j) {
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t r = 0; r < rows; ++r) {
+          double sum = before[(j * heads + h) * rows + r], size = std::fabs(sum);
+          for (int64_t k = 0; k < cols; ++k) {
+            const double term = double{dense[(h * rows + r) * cols + k]} * x[(j * heads + h) * x_head + k];
+            sum += term;
+            size += std::fabs(term);
+          }
+          ASSERT_NEAR(got[(j * heads + h) * rows + r], sum, 1e-2 * size) << columns << " columns";
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaProducts, BrokenInputStaysInItsColumn) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(7);
+  const int64_t rows = 20, cols = 512;
+  const Weights w = RandomBlocks(rng, TensorType::kQ4_K, rows, cols);
+  const DeviceWeight device(w.m);
+  auto x = Gaussian(rng, 20 * cols);
+  x[1 * cols + 77] = std::numeric_limits<float>::quiet_NaN();
+  x[2 * cols + 300] = std::numeric_limits<float>::infinity();
+  for (int columns : {4, 20}) {
+    const DeviceActivations a({x.begin(), x.begin() + columns * cols}, columns, cols, cols);
+    const auto y = Product(device.matrix(), a, columns, columns > kMaxColumns);
+    for (int j = 0; j < 4; ++j) {
+      for (int64_t r = 0; r < rows; ++r) {
+        EXPECT_EQ(std::isfinite(y[j * rows + r]), j == 0 || j == 3) << "column " << j << " of " << columns;
+      }
+    }
+  }
+}
+
+TEST(CudaProducts, TheInt8FormIsTheNearest) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(8);
+  auto x = Gaussian(rng, 9 * 352);
+  std::fill(x.begin() + 64, x.begin() + 96, 0.0f);
+  const DeviceActivations a(x, 9, 352, 352);
+  const auto q = a.q();
+  const auto meta = a.meta();
+  for (size_t b = 0; b < meta.size(); ++b) {
+    float largest = 0;
+    int sum = 0;
+    for (size_t i = b * 32; i < b * 32 + 32; ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+      sum += q[i];
+    }
+    EXPECT_NEAR(meta[b].x, largest / 127, largest * 1e-7);
+    EXPECT_FLOAT_EQ(meta[b].y, meta[b].x * static_cast<float>(sum));
+    for (size_t i = b * 32; i < b * 32 + 32; ++i)
+      EXPECT_LE(std::fabs(meta[b].x * q[i] - x[i]), meta[b].x * 0.501f);
+  }
+}
+
+}  // namespace
+}  // namespace tandem::attention::cuda

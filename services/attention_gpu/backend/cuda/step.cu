@@ -1,0 +1,194 @@
+// The small kernels of a step: cache entries, queries, routing, the likeliest token.
+#include <cuda_bf16.h>
+
+#include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/reduce.cuh"
+
+namespace tandem::attention::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMostExperts = 1024;
+constexpr float kOut = -INFINITY;
+
+__device__ __forceinline__ uint16_t Bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+
+// Value i of a rotated vector: pairs (2j, 2j + 1) turn by the angle whose (cos, sin) stand at angles[j].
+__device__ __forceinline__ float Rotated(const float* v, const float2* angles, int i) {
+  const float2 cs = angles[i >> 1];
+  return i & 1 ? v[i - 1] * cs.y + v[i] * cs.x : v[i] * cs.x - v[i + 1] * cs.y;
+}
+
+__global__ void __launch_bounds__(kThreads) CacheWrite(const CacheWriteParams p) {
+  const int64_t t = blockIdx.x;
+  const int width = p.lora + p.rope;
+  const float* kv = p.kv + t * width;
+  float sum = 0;
+  for (int i = threadIdx.x; i < p.lora; i += kThreads) sum = fmaf(kv[i], kv[i], sum);
+  sum = BlockReduce<kThreads>(sum, [](float a, float b) { return a + b; });
+  const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.lora) + p.eps);
+  const int position = p.rows.position[t];
+  const int64_t page = p.rows.pages[p.rows.first_page[t] + position / p.rows.page_tokens];
+  uint16_t* entry = p.cache + (page * p.rows.page_tokens + position % p.rows.page_tokens) * width;
+  const float2* angles = reinterpret_cast<const float2*>(p.rows.rope) + t * (p.rope / 2);
+  for (int i = threadIdx.x; i < width; i += kThreads) {
+    const float v = i < p.lora ? kv[i] * inverse * p.weight[i] : Rotated(kv + p.lora, angles, i - p.lora);
+    entry[i] = Bf16(v);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) Query(const QueryParams p) {
+  const int64_t t = blockIdx.y, h = t * p.heads + blockIdx.x;
+  const int width = p.lora + p.rope;
+  const float* absorbed = p.absorbed + h * p.lora;
+  const float* rest = p.q + h * (p.nope + p.rope) + p.nope;
+  const float2* angles = reinterpret_cast<const float2*>(p.rows.rope) + t * (p.rope / 2);
+  uint16_t* out = p.out + h * width;
+  for (int i = threadIdx.x; i < width; i += kThreads) {
+    out[i] = Bf16((i < p.lora ? absorbed[i] : Rotated(rest, angles, i - p.lora)) * p.scale);
+  }
+}
+
+// The largest value and its index; the lower index of equal ones.
+struct Best {
+  float value;
+  int32_t index;
+};
+__device__ __forceinline__ Best Better(const Best& a, const Best& b) {
+  return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
+}
+__device__ __forceinline__ Best WarpBest(Best v) {
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    v = Better(v, {__shfl_xor_sync(0xffffffffu, v.value, step), __shfl_xor_sync(0xffffffffu, v.index, step)});
+  }
+  return v;
+}
+
+// The best of values[0, n) over a warp.
+__device__ __forceinline__ Best BestOf(const float* values, int n, int lane) {
+  Best best{kOut, n};
+  for (int i = lane; i < n; i += 32) best = Better(best, {values[i], i});
+  return WarpBest(best);
+}
+
+// One warp a token.
+__global__ void __launch_bounds__(32) Route(const RouteParams p) {
+  __shared__ float scores[kMostExperts], selection[kMostExperts], group[kMostExperts];
+  const int64_t t = blockIdx.x;
+  const int lane = threadIdx.x, n = p.experts;
+  const float* logits = p.logits + t * n;
+  float top = kOut, sum = 0;
+  if (!p.sigmoid) {
+    for (int e = lane; e < n; e += 32) top = fmaxf(top, logits[e]);
+    top = WarpReduce(top, [](float a, float b) { return fmaxf(a, b); });
+    for (int e = lane; e < n; e += 32) sum += expf(logits[e] - top);
+    sum = WarpReduce(sum, [](float a, float b) { return a + b; });
+  }
+  for (int e = lane; e < n; e += 32) {
+    const float s = p.sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - top) / sum;
+    const float chosen_by = p.bias != nullptr ? s + p.bias[e] : s;
+    scores[e] = s;
+    selection[e] = isnan(chosen_by) ? -3.402823466e38f : chosen_by;  // loses, but is in range
+  }
+  __syncwarp();
+
+  if (p.groups > 1) {
+    const int size = n / p.groups;
+    for (int g = lane; g < p.groups; g += 32) {
+      float first = kOut, second = kOut;
+      for (int i = 0; i < size; ++i) {
+        const float s = selection[g * size + i];
+        if (s > first) {
+          second = first;
+          first = s;
+        } else if (s > second) {
+          second = s;
+        }
+      }
+      group[g] = p.sigmoid && size > 1 ? first + second : first;
+    }
+    __syncwarp();
+    // The groups that are kept are marked with NaN, which no later comparison takes for the best.
+    for (int k = 0; k < p.top_groups; ++k) {
+      const Best best = BestOf(group, p.groups, lane);
+      __syncwarp();
+      if (lane == 0 && best.index < p.groups) group[best.index] = NAN;
+      __syncwarp();
+    }
+    for (int e = lane; e < p.groups * size; e += 32) {
+      if (!isnan(group[e / size])) selection[e] = kOut;
+    }
+    __syncwarp();
+  }
+
+  float total = 0;
+  for (int k = 0; k < p.top_k; ++k) {
+    const Best best = BestOf(selection, n, lane);
+    const int e = min(best.index, n - 1);
+    total += scores[e];
+    __syncwarp();
+    if (lane == 0) {
+      selection[e] = kOut;
+      p.ids[t * p.top_k + k] = e;
+      p.weights[t * p.top_k + k] = scores[e];
+    }
+    __syncwarp();
+  }
+  for (int k = lane; k < p.top_k; k += 32) {
+    float w = p.weights[t * p.top_k + k];
+    if (p.normalize) w /= fmaxf(total, 6.103515625e-5f);
+    p.weights[t * p.top_k + k] = w * p.scale;
+  }
+}
+
+constexpr int kArgmaxThreads = 1024;
+
+__global__ void __launch_bounds__(kArgmaxThreads) Argmax(const ArgmaxParams p) {
+  const float* logits = p.logits + blockIdx.x * p.vocab;
+  Best best{kOut, static_cast<int32_t>(p.vocab)};
+  for (int64_t i = threadIdx.x; i < p.vocab; i += kArgmaxThreads) {
+    const float l = logits[i];
+    best = Better(best, {isnan(l) ? kOut : l, static_cast<int32_t>(i)});
+  }
+  __shared__ Best parts[kArgmaxThreads / 32];
+  best = WarpBest(best);
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = best;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    best = WarpBest(parts[threadIdx.x]);
+    if (threadIdx.x == 0) p.token[blockIdx.x] = best.index;
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchCacheWrite(const CacheWriteParams& p, cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  CacheWrite<<<static_cast<unsigned>(p.n), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchQuery(const QueryParams& p, cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  Query<<<dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  if (p.experts < 1 || p.experts > kMostExperts || p.top_k < 1 || p.top_k > p.experts || p.groups < 1 ||
+      p.groups > p.experts) {
+    return cudaErrorInvalidValue;
+  }
+  Route<<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchArgmax(const ArgmaxParams& p, cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  Argmax<<<static_cast<unsigned>(p.n), kArgmaxThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace tandem::attention::cuda

@@ -1,0 +1,224 @@
+// Kernels over rows of values: norms, activation forms, SiLU, embedding, and the order of blocks in memory.
+#include <cfloat>
+
+#include "services/attention_gpu/backend/cuda/blocks.cuh"
+#include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/reduce.cuh"
+
+namespace tandem::attention::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr float kSmallest = 1e-30f;  // a block whose largest value is below counts as zero
+
+unsigned Blocks(int64_t work) { return static_cast<unsigned>((work + kThreads - 1) / kThreads); }
+
+// |v|, with infinity for what is not finite.
+__device__ __forceinline__ float Magnitude(float v) {
+  const float a = fabsf(v);
+  return a <= FLT_MAX ? a : INFINITY;
+}
+__device__ __forceinline__ float Magnitude(const float4& v) {
+  return fmaxf(fmaxf(Magnitude(v.x), Magnitude(v.y)), fmaxf(Magnitude(v.z), Magnitude(v.w)));
+}
+
+// Where the int8 form goes, and of how many rows it is.
+struct Int8Form {
+  int8_t* q;
+  float2* meta;
+  int64_t rows, cols, heads;
+};
+
+// Eight neighbouring lanes hold 32 values, four each: the int8 form of value group i (of 4) of a row. A block
+// with a value that is not finite gets the scale NaN, so that every product with it is NaN.
+__device__ __forceinline__ void QuantizeFour(const float4& v, int64_t row, int64_t i, const Int8Form& form) {
+  const unsigned lanes = 0xffu << (threadIdx.x & 24);
+  float largest = Magnitude(v);
+#pragma unroll
+  for (int step = 4; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, step));
+  const bool finite = largest <= FLT_MAX;
+  const float inverse = finite && largest > kSmallest ? 127.0f / largest : 0.0f;
+  char4 out = make_char4(0, 0, 0, 0);
+  if (finite) {
+    out.x = static_cast<signed char>(__float2int_rn(v.x * inverse));
+    out.y = static_cast<signed char>(__float2int_rn(v.y * inverse));
+    out.z = static_cast<signed char>(__float2int_rn(v.z * inverse));
+    out.w = static_cast<signed char>(__float2int_rn(v.w * inverse));
+  }
+  int sum = out.x + out.y + out.z + out.w;
+#pragma unroll
+  for (int step = 4; step > 0; step >>= 1) sum += __shfl_xor_sync(lanes, sum, step);
+  const int64_t column = row / form.heads, head = row % form.heads, groups = (form.rows / form.heads + 7) / 8;
+  const int64_t at = ((head * groups + column / 8) * (form.cols >> 5) + (i >> 3)) * 8 + column % 8;
+  reinterpret_cast<char4*>(form.q)[at * 8 + (i & 7)] = out;
+  if ((threadIdx.x & 7) == 0) {
+    const float d = !finite ? NAN : inverse > 0.0f ? largest / 127.0f : 0.0f;
+    form.meta[at] = make_float2(d, d * static_cast<float>(sum));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) Quantize(const QuantizeParams p) {
+  const int64_t fours = p.cols >> 2;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.rows * fours) return;
+  const int64_t row = i / fours, at = i % fours;
+  const float4 v = reinterpret_cast<const float4*>(p.x + row * p.x_stride)[at];
+  QuantizeFour(v, row, at, {p.q, p.q_meta, p.rows, p.cols, p.heads});
+}
+
+// Rows are scaled by the power of two that brings their largest value to [2^13, 2^14).
+__global__ void __launch_bounds__(kThreads) ToHalf(const QuantizeParams p) {
+  const int64_t row = blockIdx.x;
+  const float4* x = reinterpret_cast<const float4*>(p.x + row * p.x_stride);
+  const int64_t fours = p.cols >> 2;
+  float largest = 0;
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) largest = fmaxf(largest, Magnitude(x[i]));
+  largest = BlockReduce<kThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
+  const bool finite = largest <= FLT_MAX;
+  int exponent = 0;
+  if (finite && largest > kSmallest) frexpf(largest, &exponent);
+  const float inverse = finite ? ldexpf(1.0f, 14 - exponent) : 0.0f;
+  uint2* h = reinterpret_cast<uint2*>(p.h + row * p.cols);
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    const float4 v = x[i];
+    const __half2 a = __floats2half2_rn(v.x * inverse, v.y * inverse);
+    const __half2 b = __floats2half2_rn(v.z * inverse, v.w * inverse);
+    h[i] = make_uint2(*reinterpret_cast<const uint32_t*>(&a), *reinterpret_cast<const uint32_t*>(&b));
+  }
+  if (threadIdx.x == 0) p.h_scale[row] = finite ? ldexpf(1.0f, exponent - 14) : NAN;
+}
+
+__global__ void __launch_bounds__(kThreads) RmsNorm(const RmsNormParams p) {
+  const int64_t row = blockIdx.x;
+  const int64_t from = p.row_ids != nullptr ? p.row_ids[row] : row;
+  const float4* x = reinterpret_cast<const float4*>(p.x + from * p.x_stride);
+  const int64_t fours = p.cols >> 2;
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    const float4 v = x[i];
+    sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum),
+    sum = fmaf(v.w, v.w, sum);
+  }
+  sum = BlockReduce<kThreads>(sum, [](float a, float b) { return a + b; });
+  const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.cols) + p.eps);
+  const float4* weight = reinterpret_cast<const float4*>(p.weight);
+  float4* y = reinterpret_cast<float4*>(p.y + row * p.cols);
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    const float4 v = x[i], w = __ldg(weight + i);
+    const float4 out =
+        make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
+    y[i] = out;
+    if (p.q != nullptr) QuantizeFour(out, row, i, {p.q, p.q_meta, p.rows, p.cols, 1});
+  }
+}
+
+__device__ __forceinline__ float Silu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+__global__ void __launch_bounds__(kThreads) SiluMul(const SiluMulParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.rows * p.cols >> 2) return;
+  const float4 g = reinterpret_cast<const float4*>(p.gate)[i], u = reinterpret_cast<const float4*>(p.up)[i];
+  const float4 out = make_float4(Silu(g.x, u.x), Silu(g.y, u.y), Silu(g.z, u.z), Silu(g.w, u.w));
+  reinterpret_cast<float4*>(p.y)[i] = out;
+  if (p.q != nullptr) {
+    const int64_t fours = p.cols >> 2;
+    QuantizeFour(out, i / fours, i % fours, {p.q, p.q_meta, p.rows, p.cols, 1});
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) Add(float* x, const float* delta, int64_t n) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) x[i] += delta[i];
+}
+
+struct FloatRow {
+  float* to;
+  __device__ __forceinline__ void Put(int i, float a, float b) { to[i] = a, to[i + 1] = b; }
+};
+
+__global__ void __launch_bounds__(kThreads) Embed(const EmbedParams p) {
+  const int64_t chunks = p.w.cols >> 5;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.n * chunks) return;
+  const int64_t token = i / chunks;
+  const int chunk = static_cast<int>(i % chunks);
+  const uint8_t* row = p.w.data + p.ids[token] * p.w.row_bytes;
+  FloatRow out{p.out + token * p.w.cols + chunk * 32};
+  if (p.w.type == kF32) {
+    for (int k = 0; k < 32; ++k) out.to[k] = reinterpret_cast<const float*>(row)[chunk * 32 + k];
+    return;
+  }
+  Raw raw;
+  LoadRaw(p.w.type, row, static_cast<int>(p.w.cols), chunk, raw);
+  DecodeRaw(p.w.type, raw, chunk, out);
+}
+
+// Two bytes a thread; every field of every block has an even size and offset.
+__global__ void __launch_bounds__(kThreads)
+    Repack(const RepackParams p, BlockShape shape, int64_t row_bytes) {
+  const int64_t blocks = p.cols / shape.values;
+  const int64_t units = blocks * shape.bytes >> 1;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.rows * units) return;
+  const int64_t row = i / units;
+  const int64_t block = i % units / (shape.bytes >> 1);
+  const int byte = static_cast<int>(i % units % (shape.bytes >> 1)) * 2;
+  int64_t plane = 0;
+  for (int f = 0; f < shape.fields; ++f) {
+    const BlockField field = shape.field[f];
+    if (byte >= field.offset && byte < field.offset + field.bytes) {
+      uint8_t* to = p.dst + row * row_bytes + plane + block * field.bytes + byte - field.offset;
+      *reinterpret_cast<uint16_t*>(to) = reinterpret_cast<const uint16_t*>(p.src)[i];
+    }
+    plane += blocks * field.bytes;
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchQuantize(const QuantizeParams& p, cudaStream_t stream) {
+  if (p.rows <= 0) return cudaSuccess;
+  Quantize<<<Blocks(p.rows * p.cols / 4), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchToHalf(const QuantizeParams& p, cudaStream_t stream) {
+  if (p.rows <= 0) return cudaSuccess;
+  ToHalf<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {
+  if (p.rows <= 0) return cudaSuccess;
+  RmsNorm<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchSiluMul(const SiluMulParams& p, cudaStream_t stream) {
+  if (p.rows <= 0) return cudaSuccess;
+  SiluMul<<<Blocks(p.rows * p.cols / 4), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchAdd(float* x, const float* delta, int64_t n, cudaStream_t stream) {
+  if (n <= 0) return cudaSuccess;
+  Add<<<Blocks(n), kThreads, 0, stream>>>(x, delta, n);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchEmbed(const EmbedParams& p, cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  Embed<<<Blocks(p.n * p.w.cols / 32), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRepack(const RepackParams& p, cudaStream_t stream) {
+  const BlockShape shape = ShapeOf(p.type);
+  if (shape.bytes == 0 || p.cols % shape.values != 0) return cudaErrorInvalidValue;
+  if (p.rows <= 0) return cudaSuccess;
+  const int64_t units = p.rows * (p.cols / shape.values) * shape.bytes / 2;
+  Repack<<<Blocks(units), kThreads, 0, stream>>>(p, shape, DeviceRowBytes(p.type, p.cols));
+  return cudaGetLastError();
+}
+
+}  // namespace tandem::attention::cuda

@@ -1,0 +1,40 @@
+#include "services/attention_gpu/service/choose_gpu.h"
+
+#include <charconv>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status_macros.h"
+#include "common/telemetry/log.h"
+
+namespace tandem::attention {
+
+absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, const gguf::File& file,
+                                                            const model::ModelConfig& c,
+                                                            CudaBackendOptions wanted) {
+  if (o.gpu == "none") return std::nullopt;
+  const bool automatic = o.gpu == "auto";
+  if (!automatic) {
+    const char* end = o.gpu.data() + o.gpu.size();
+    const auto [stop, error] = std::from_chars(o.gpu.data(), end, wanted.device);
+    if (error != std::errc() || stop != end || wanted.device < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--gpu ", o.gpu, ": must be auto, none or a device number"));
+    }
+  }
+  if (o.precision == "reference") {
+    if (automatic) return std::nullopt;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--gpu ", o.gpu, ": --precision reference is the CPU backend's alone"));
+  }
+  wanted.vram_limit = static_cast<uint64_t>(o.vram_gb * 1e9);
+  const absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
+  if (plan.ok()) {
+    spdlog::info("GPU {}: {}", wanted.device, plan->ToString());
+    return wanted;
+  }
+  if (!automatic) return Annotate(plan.status(), absl::StrCat("--gpu ", o.gpu));
+  spdlog::info("no GPU is used: {}", std::string(plan.status().message()));
+  return std::nullopt;
+}
+
+}  // namespace tandem::attention
