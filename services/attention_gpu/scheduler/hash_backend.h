@@ -87,7 +87,7 @@ class HashScript {
     max_sequences_ = std::max(max_sequences_, static_cast<int>(batch.sequences.size()));
     max_tokens_ = std::max(max_tokens_, static_cast<int>(batch.tokens.size()));
     if (!step_errors_.empty()) {
-      const absl::Status s = step_errors_.back();
+      absl::Status s = step_errors_.back();
       step_errors_.pop_back();
       if (!s.ok()) return s;
     }
@@ -116,7 +116,7 @@ class HashBackend : public Backend {
   int32_t max_step_tokens() const override { return kHashStepTokens; }
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
-    const absl::Status status = script_.OnStep(batch);
+    absl::Status status = script_.OnStep(batch);
     EXPECT_LE(batch.tokens.size(), static_cast<size_t>(kHashStepTokens));
     EXPECT_FALSE(batch.sequences.empty());
     CheckWrites(batch);

@@ -107,7 +107,7 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     r.deadline = deadline;
     logprobs_ = r.sampling.logprobs;
     auto number = scheduler_->Submit(
-        std::move(r), [call = shared_from_this()](SequenceEvent event) { call->OnEvent(std::move(event)); });
+        std::move(r), [call = shared_from_this()](const SequenceEvent& event) { call->OnEvent(event); });
     const std::lock_guard lock(mutex_);
     if (!number.ok()) {
       FinishOnce(rpc::ToGrpc(number.status()));
@@ -117,7 +117,7 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     if (cancelled_) scheduler_->Cancel(number_);
   }
 
-  void OnEvent(SequenceEvent event) {
+  void OnEvent(const SequenceEvent& event) {
     const std::lock_guard lock(mutex_);
     if (ended_) return;  // it fell behind
     for (const SampledToken& t : event.tokens) {
