@@ -50,10 +50,9 @@ void AddEnvironmentAndFile(CLI::App& app) {
   }
   // CLI11 looks at the file before it looks at the environment, so a variable that names the file is a
   // default.
-  const std::string variable = EnvironmentName("config");
-  const bool given = IsSet(variable);
-  app.set_config("--config", given ? std::getenv(variable.c_str()) : "",
-                 "File with lines \"flag = value\"; see also TANDEM_<FLAG>", given);
+  const char* file = std::getenv(EnvironmentName("config").c_str());
+  if (file == nullptr) file = "";
+  app.set_config("--config", file, "File with lines \"flag = value\"; see also TANDEM_<FLAG>", *file != '\0');
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.config_formatter(std::make_shared<FileBelowEnvironment>(&app));
 }

@@ -48,7 +48,7 @@ absl::Status Refusal(const std::string& bytes) {
   const TempFolder folder;
   const std::string path = folder.Write("bad.gguf", bytes);
   g_largest_allocation = 0;
-  const absl::Status status = File::Open(path).status();
+  absl::Status status = File::Open(path).status();
   EXPECT_LT(g_largest_allocation.load(), 4096 + 16 * bytes.size()) << status;
   EXPECT_FALSE(status.ok());
   EXPECT_THAT(std::string(status.message()), HasSubstr("bad.gguf")) << "every error names the file";
@@ -186,7 +186,7 @@ TEST(Faults, SparseFileOfManyGigabytesDoesNotJustifyItsCounts) {
     std::filesystem::resize_file(path, kSize, error);
     if (error) return std::string("cannot make a sparse file");
     g_largest_allocation = 0;
-    const std::string message(File::Open(path).status().message());
+    std::string message(File::Open(path).status().message());
     EXPECT_LT(g_largest_allocation.load(), 4096u) << message;
     return message;
   };

@@ -60,7 +60,7 @@ std::string DescribeForeignMagic(std::span<const uint8_t> bytes) {
   if (bytes.empty()) return "the file is empty (0 bytes)";
   if (bytes.size() < 4) return absl::StrCat("the file has only ", bytes.size(), " bytes");
   std::string magic;
-  for (size_t i = 0; i < 4; ++i) absl::StrAppendFormat(&magic, i == 0 ? "%02x" : " %02x", bytes[i]);
+  for (size_t i = 0; i < 4; ++i) absl::StrAppendFormat(&magic, "%s%02x", i == 0 ? "" : " ", bytes[i]);
   const std::string_view guess = Guess(bytes);
   return absl::StrCat("its first bytes are ", magic,
                       " (GGUF is 47 47 55 46): ", absl::string_view(guess.data(), guess.size()));

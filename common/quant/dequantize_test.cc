@@ -254,7 +254,8 @@ float Expected(const BlockQ6_K& b, int i) {
   const int high_at = 8 * ((i / 128) * 32 + i % 32) + 2 * quarter;
   const int q = Nibble(b.ql, 64 * (i / 128) + 32 * (quarter % 2) + i % 32, quarter >= 2) +
                 16 * Gather(b.qh, {high_at, high_at + 1});
-  return HalfToFloat(b.d) * static_cast<float>(b.scales[i / 16]) * static_cast<float>(q - 32);
+  const int8_t scale = b.scales[i / 16];
+  return HalfToFloat(b.d) * static_cast<float>(scale) * static_cast<float>(q - 32);
 }
 
 float Expected(const BlockQ4_0& b, int i) {

@@ -97,7 +97,7 @@ absl::StatusOr<RoundTrip> MeasureRing(const RingMeasurement& how) {
     TANDEM_ASSIGN_OR_RETURN(const CallAnswer answer, client.Await(absl::Now() + absl::Seconds(10)));
     return answer.status;
   };
-  const absl::StatusOr<RoundTrip> out = MeasureRoundTrips(how.warm_up, how.calls, how.most, call);
+  absl::StatusOr<RoundTrip> out = MeasureRoundTrips(how.warm_up, how.calls, how.most, call);
   if (restore) sched_setaffinity(0, sizeof before, &before);
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);

@@ -335,7 +335,8 @@ Value Interpreter::SelectFilter(const std::string& name, const Value& input, con
         out.push_back(Filter(name_at(0), item, rest));
       } else {
         Value value = Path(item, *attribute);
-        out.push_back(value.Is(Type::kUndefined) && otherwise != nullptr ? *otherwise : std::move(value));
+        if (value.Is(Type::kUndefined) && otherwise != nullptr) value = *otherwise;
+        out.push_back(std::move(value));
       }
       if (failed()) return Value();
     }

@@ -431,8 +431,8 @@ class Parser {
   }
 
   NodePtr Compare() {
-    NodePtr left = Sum();
-    NodePtr compare;
+    NodePtr node = Sum();
+    bool chain = false;  // `node` is the comparison that begins with that sum
     while (status_.ok()) {
       const Token& t = Peek();
       std::string op;
@@ -447,11 +447,12 @@ class Parser {
       } else {
         break;
       }
-      if (compare == nullptr) compare = With(NodeKind::kCompare, Peek().line, std::move(left));
-      compare->names.push_back(op);
-      Adopt(compare.get(), Sum());
+      if (!chain) node = With(NodeKind::kCompare, Peek().line, std::move(node));
+      chain = true;
+      node->names.push_back(op);
+      Adopt(node.get(), Sum());
     }
-    return compare != nullptr ? std::move(compare) : std::move(left);
+    return node;
   }
 
   NodePtr Binary(NodePtr (Parser::*operand)(), std::initializer_list<std::string_view> operators) {

@@ -22,7 +22,7 @@ absl::Status Admission::Ready() const {
 }
 
 absl::Status Admission::Ticket::Grow(int more) {
-  const absl::Status taken = admission_->Take(more, weight_);
+  absl::Status taken = admission_->Take(more, weight_);
   if (taken.ok()) weight_ += more;
   return taken;
 }

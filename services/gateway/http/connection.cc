@@ -219,7 +219,7 @@ void Connection::Refuse(int status, std::string_view message) {
   exchange_ = std::make_shared<Exchange>(weak_from_this(), state_, false, false, /*keep_alive=*/false);
   std::string body;
   if (state_->options.error_body) body = state_->options.error_body(status, message);
-  Responder(exchange_).Respond(status, state_->options.error_content_type, std::move(body));
+  Responder(exchange_).Respond(status, state_->options.error_content_type, body);
 }
 
 void Connection::Flush() {

@@ -40,7 +40,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
            bool http10, bool keep_alive);
 
   // For Responder.
-  void Respond(int status, std::string_view content_type, std::string body, const HeaderList& headers);
+  void Respond(int status, std::string_view content_type, std::string_view body, const HeaderList& headers);
   void StartStream(int status, std::string_view content_type, const HeaderList& headers);
   bool Write(std::string_view bytes);
   void Finish();

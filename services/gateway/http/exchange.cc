@@ -106,7 +106,7 @@ std::string Exchange::Head(int status, std::string_view content_type, const Head
   return head;
 }
 
-void Exchange::Respond(int status, std::string_view content_type, std::string body,
+void Exchange::Respond(int status, std::string_view content_type, std::string_view body,
                        const HeaderList& headers) {
   std::function<void()> dropped;  // destroyed outside of the lock
   {
@@ -176,7 +176,7 @@ void Exchange::Drop() {
   if (open) {
     std::string body;
     if (state_->options.error_body) body = state_->options.error_body(500, "the request was not answered");
-    Respond(500, state_->options.error_content_type, std::move(body), {});
+    Respond(500, state_->options.error_content_type, body, {});
     return;
   }
   Wake();
@@ -258,9 +258,9 @@ void Exchange::Wake() {
 Responder::~Responder() {
   if (exchange_ != nullptr) exchange_->Drop();
 }
-void Responder::Respond(int status, std::string_view content_type, std::string body,
+void Responder::Respond(int status, std::string_view content_type, std::string_view body,
                         const HeaderList& headers) {
-  exchange_->Respond(status, content_type, std::move(body), headers);
+  exchange_->Respond(status, content_type, body, headers);
 }
 void Responder::StartStream(int status, std::string_view content_type, const HeaderList& headers) {
   exchange_->StartStream(status, content_type, headers);

@@ -46,7 +46,8 @@ class Responder {
   Responder& operator=(Responder&&) = delete;
 
   // A whole answer. For HEAD the body is counted and not sent.
-  void Respond(int status, std::string_view content_type, std::string body, const HeaderList& headers = {});
+  void Respond(int status, std::string_view content_type, std::string_view body,
+               const HeaderList& headers = {});
 
   // A stream: chunked, or until the connection's end for HTTP/1.0.
   void StartStream(int status, std::string_view content_type, const HeaderList& headers = {});

@@ -30,7 +30,7 @@ GenerationJob::GenerationJob(JobSpec spec, GatewayMetrics* metrics, std::shared_
       results_(spec_.sequences.size()) {}
 
 void GenerationJob::Start(JobSpec spec, SessionEnvironment* environment, GatewayMetrics* metrics,
-                          std::shared_ptr<const ModelContext> model, Responder responder,
+                          const std::shared_ptr<const ModelContext>& model, Responder responder,
                           Admission::Ticket ticket) {
   auto job = std::make_shared<GenerationJob>(std::move(spec), metrics, model, std::move(responder),
                                              std::move(ticket));

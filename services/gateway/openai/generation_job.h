@@ -34,7 +34,8 @@ struct JobSpec {
 class GenerationJob : public std::enable_shared_from_this<GenerationJob> {
  public:
   static void Start(JobSpec spec, SessionEnvironment* environment, GatewayMetrics* metrics,
-                    std::shared_ptr<const ModelContext> model, Responder responder, Admission::Ticket ticket);
+                    const std::shared_ptr<const ModelContext>& model, Responder responder,
+                    Admission::Ticket ticket);
   GenerationJob(JobSpec spec, GatewayMetrics* metrics, std::shared_ptr<const ModelContext> model,
                 Responder responder, Admission::Ticket ticket);
 

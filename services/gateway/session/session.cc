@@ -237,7 +237,7 @@ void GenerationSession::TakeToken(const v1::GenerateEvent& event, int index, Del
   if (spec_.logprobs) pending_.back().end = text_bytes_;
 }
 
-void GenerationSession::Emit(std::string text, Delta& delta) {
+void GenerationSession::Emit(const std::string& text, Delta& delta) {
   text_bytes_ += text.size();
   const std::string safe = stop_.Push(text);
   given_bytes_ += safe.size();

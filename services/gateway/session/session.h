@@ -85,7 +85,7 @@ class GenerationSession final : public EngineListener,
   void WaitAndCall(absl::Duration pause);
   void OnAlarm();
   void TakeToken(const v1::GenerateEvent& event, int index, Delta& delta);
-  void Emit(std::string text, Delta& delta);
+  void Emit(const std::string& text, Delta& delta);
   void GiveTokens(Delta& delta, bool all);
   void FinishText(Finish finish);
   void End(const absl::Status& status);
