@@ -54,7 +54,8 @@ int Stack::PortFromLog(Process& process, const std::string& regex) {
   return std::atoi(port->c_str());
 }
 
-RestClient Stack::rest() { return RestClient(PortFromLog(*gateway_, "HTTP on .*:([0-9]+)")); }
+int Stack::rest_port() { return PortFromLog(*gateway_, "HTTP on .*:([0-9]+)"); }
+RestClient Stack::rest() { return RestClient(rest_port()); }
 RestClient Stack::expert_metrics(size_t index) {
   return RestClient(PortFromLog(*experts_[index], "metrics at port ([0-9]+)"));
 }

@@ -50,6 +50,7 @@ class Stack {
   Process& gateway() { return *gateway_; }
 
   RestClient rest();
+  int rest_port();
   RestClient expert_metrics(size_t index = 0);  // for Metric()
   RestClient attention_metrics();
 
