@@ -179,7 +179,8 @@ void Attention(int64_t tokens, int rows, bool decode) {
          rows, 2.0 * a_row * sequences, 2.0 * seen * heads * (width + lora), seconds);
 }
 
-int Main() {
+// `what`: only the benchmarks whose name has this in it.
+int Main(const std::string& what) {
   if (!testing::NoGpu().empty()) {
     std::printf("skipped, no GPU: %s\n", testing::NoGpu().c_str());
     return 0;
@@ -187,30 +188,38 @@ int Main() {
   const Device device = *OpenDevice(0);
   std::printf("{\"machine\": \"%s\"}\n", device.name.c_str());
   Ceilings();
+  auto wanted = [&](const char* name) { return std::string(name).find(what) != std::string::npos; };
   using T = gguf::TensorType;
-  for (T type : {T::kQ4_K, T::kQ5_K, T::kQ6_K, T::kQ8_0, T::kQ5_0, T::kQ4_0, T::kF16, T::kBF16, T::kF32}) {
-    Products({"attn_output", type, 7168, 16384}, {1, 2, 4, 8, 16});
+  if (wanted("matvec")) {
+    for (T type : {T::kQ4_K, T::kQ5_K, T::kQ6_K, T::kQ8_0, T::kQ5_0, T::kQ4_0, T::kF16, T::kBF16, T::kF32}) {
+      Products({"attn_output", type, 7168, 16384}, {1, 2, 4, 8, 16});
+    }
+    for (const WeightShape& s : {WeightShape{"q_a", T::kQ4_K, 1536, 7168},
+                                 {"q_b", T::kQ4_K, 24576, 1536},
+                                 {"kv_a", T::kQ4_K, 576, 7168},
+                                 {"shared gate", T::kQ4_K, 2048, 7168},
+                                 {"shared down", T::kQ6_K, 7168, 2048},
+                                 {"head", T::kQ6_K, 129280, 7168},
+                                 {"router", T::kF32, 256, 7168}}) {
+      Products(s, {1, 8});
+    }
   }
-  for (const WeightShape& s : {WeightShape{"q_b", T::kQ4_K, 24576, 1536},
-                               {"kv_a", T::kQ4_K, 576, 7168},
-                               {"shared gate", T::kQ4_K, 2048, 7168},
-                               {"shared down", T::kQ6_K, 7168, 2048},
-                               {"head", T::kQ6_K, 129280, 7168},
-                               {"router", T::kF32, 256, 7168}}) {
-    Products(s, {1, 8});
+  if (wanted("matmul")) {
+    for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
+      Products({"attn_output", type, 7168, 16384}, {32, 64, 128, 256, 1024, 4096});
+    }
   }
-  for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
-    Products({"attn_output", type, 7168, 16384}, {32, 64, 256, 1024, 4096});
+  if (wanted("attention")) {
+    for (int64_t tokens : {1024, 8192, 32768, 131072}) Attention(tokens, 1, true);
+    Attention(8192, 4, true);
+    Attention(8192, 16, true);
+    Attention(4096, 256, false);
+    Attention(16384, 256, false);
   }
-  for (int64_t tokens : {1024, 8192, 32768, 131072}) Attention(tokens, 1, true);
-  Attention(8192, 4, true);
-  Attention(8192, 16, true);
-  Attention(4096, 256, false);
-  Attention(16384, 256, false);
   return 0;
 }
 
 }  // namespace
 }  // namespace tandem::attention::cuda
 
-int main() { return tandem::attention::cuda::Main(); }
+int main(int argc, char** argv) { return tandem::attention::cuda::Main(argc > 1 ? argv[1] : ""); }

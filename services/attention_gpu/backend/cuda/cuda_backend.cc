@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "common/base/checked_math.h"
 #include "common/base/status_macros.h"
 #include "services/attention_gpu/backend/cuda/device.h"
@@ -481,12 +480,6 @@ absl::Status CheckShape(const model::ModelConfig& c, const CudaBackendOptions& o
 }
 
 }  // namespace
-
-std::string CudaPlan::ToString() const {
-  return absl::StrFormat("%s: weights %d MB, KV cache %d MB, workspace %d MB, together %d of %d MB", gpu,
-                         weights / 1000000, cache / 1000000, workspace / 1000000, total() / 1000000,
-                         available / 1000000);
-}
 
 absl::StatusOr<CudaPlan> PlanCuda(const gguf::File& file, const model::ModelConfig& c,
                                   const CudaBackendOptions& o) {

@@ -41,7 +41,7 @@ absl::StatusOr<CudaPlan> PlanCuda(const gguf::File& file, const model::ModelConf
                                   const CudaBackendOptions& options);
 
 // `file` is not needed afterwards. `experts` may be null for a model without MoE layers.
-// A token's result depends on its sequence alone as long as steps have at most 16 tokens (bit for bit);
+// A token's result depends on its sequence alone as long as steps have at most 64 tokens (bit for bit);
 // larger steps use other products (kernels.h) and may differ by rounding.
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const gguf::File& file,
                                                            const model::ModelConfig& config,

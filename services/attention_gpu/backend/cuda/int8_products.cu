@@ -1,4 +1,5 @@
-// Products with few columns and quantized weights: int8 tensor cores, memory-bound for up to 16 columns.
+// Products with few columns and quantized weights: int8 tensor cores, up to 16 columns a pass over the
+// weights.
 //
 // A warp computes 16 weight rows times kTiles * 8 columns. It goes through the rows in units of 256 values
 // (types with blocks of 32: 128): it loads the unit of all 16 rows, 8 bytes a lane at a time, and multiplies
@@ -17,7 +18,8 @@
 namespace tandem::attention::cuda {
 namespace {
 
-constexpr int kWarps = 8, kMostWarps = 16;  // of a block
+// Of a block; the larger one where rows are few and long.
+constexpr int kWarps = 8, kMostWarps = 16;
 constexpr int kRowTile = 16;
 
 __device__ __forceinline__ uint2 Load8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
@@ -34,16 +36,16 @@ struct Columns {
   int blocks;
   int lane;
 
+  // The columns of the padding are read too: what is there reaches no other column.
   __device__ __forceinline__ void Load(int tile, int block, bool word_order, uint32_t (&b)[2],
                                        float4& m) const {
     const int64_t at = (static_cast<int64_t>(tile) * blocks + block) * 8;
-    const int8_t* p = q + at * 32;
     if (word_order) {
-      p += (lane >> 2) * 32 + (lane & 3) * 4;
+      const int8_t* p = q + (at + (lane >> 2)) * 32 + (lane & 3) * 4;
       b[0] = Load4(p);
       b[1] = Load4(p + 16);
     } else {
-      const uint2 v = Load8(p + lane * 8);
+      const uint2 v = Load8(q + at * 32 + lane * 8);
       b[0] = v.x;
       b[1] = v.y;
     }
@@ -60,13 +62,15 @@ __device__ __forceinline__ void AddBlock(const Columns<kTiles>& x, int block, co
     uint32_t b[2];
     float4 d;
     x.Load(tile, block, kWords, b, d);
-    int c[4] = {};
-    MmaS8(c, a, b[0], b[1]);
+    // The sums begin at the bits of 1.5 * 2^23 and stay below 2^22 in size: as bits, they are that number
+    // plus the sum, exactly.
+    int c[4];
+    MmaS8(c, a, b[0], b[1], 0x4b400000);
     float* s = sum[tile];
-    s[0] = fmaf(f0 * d.x, static_cast<float>(c[0]), s[0]);
-    s[1] = fmaf(f0 * d.z, static_cast<float>(c[1]), s[1]);
-    s[2] = fmaf(f1 * d.x, static_cast<float>(c[2]), s[2]);
-    s[3] = fmaf(f1 * d.z, static_cast<float>(c[3]), s[3]);
+    s[0] = fmaf(f0 * d.x, __int_as_float(c[0]) - 12582912.0f, s[0]);
+    s[1] = fmaf(f0 * d.z, __int_as_float(c[1]) - 12582912.0f, s[1]);
+    s[2] = fmaf(f1 * d.x, __int_as_float(c[2]) - 12582912.0f, s[2]);
+    s[3] = fmaf(f1 * d.z, __int_as_float(c[3]) - 12582912.0f, s[3]);
     if (kMin) {
       s[0] = fmaf(-m0, d.y, s[0]), s[1] = fmaf(-m0, d.w, s[1]);
       s[2] = fmaf(-m1, d.y, s[2]), s[3] = fmaf(-m1, d.w, s[3]);
@@ -163,9 +167,9 @@ struct Unit<kQ6_K> {
         uint32_t b[2];
         float4 m;
         x.Load(tile, unit * 8 + s, false, b, m);
-        int c0[4] = {}, c1[4] = {};
-        MmaS8(c0, a[0], b[0], b[1]);
-        MmaS8(c1, a[1], b[0], b[1]);
+        int c0[4], c1[4];
+        MmaS8(c0, a[0], b[0], b[1], 0);
+        MmaS8(c1, a[1], b[0], b[1], 0);
         float* out = sum[tile];
         out[0] = fmaf(d[0] * m.x, static_cast<float>(scale[0][0] * c0[0] + scale[0][1] * c1[0]), out[0]);
         out[1] = fmaf(d[0] * m.z, static_cast<float>(scale[0][0] * c0[1] + scale[0][1] * c1[1]), out[1]);
@@ -251,9 +255,10 @@ template <>
 struct Unit<kQ5_0> : UnitOf32<kQ5_0> {};
 
 // `shares` warps go through a row together: a power of two, at most the warps of the block.
-template <int kType, int kTiles>
-__global__ void __launch_bounds__(kMostWarps * 32) Int8Product(const ProductParams p, int shares) {
-  __shared__ float parts[kMostWarps][kTiles][4][32];
+template <int kType, int kTiles, int kMost>
+__global__ void __launch_bounds__(kMost * 32, kMost == kWarps ? 3 : 1)
+    Int8Product(const ProductParams p, int shares, int first_column) {
+  __shared__ float parts[kMost][kTiles][4][32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, share = warp % shares;
   const int64_t batch = blockIdx.y;
   const int64_t first =
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) Int8Product(const ProductPara
   }
   const int cols = static_cast<int>(p.w.cols), blocks = cols >> 5;
   Columns<kTiles> x;
-  const int64_t at = batch * ((p.columns + 7) / 8) * blocks * 8;
+  const int64_t at = (batch * ((p.columns + 7) / 8) + first_column / 8) * blocks * 8;
   x.q = p.x.q + at * 32;
   x.meta = p.x.q_meta + at;
   x.blocks = blocks;
@@ -274,12 +279,10 @@ __global__ void __launch_bounds__(kMostWarps * 32) Int8Product(const ProductPara
 
   float sum[kTiles][4] = {};
   const int units = IsK(kType) ? cols >> 8 : (blocks + 3) / 4;
-  Unit<kType> next;
-  if (share < units) next.Load(row, blocks, share, lane & 3);
   for (int unit = share; unit < units; unit += shares) {
-    const Unit<kType> now = next;
-    if (unit + shares < units) next.Load(row, blocks, unit + shares, lane & 3);  // on its way meanwhile
-    now.Add(blocks, unit, lane & 3, x, sum);
+    Unit<kType> weights;
+    weights.Load(row, blocks, unit, lane & 3);
+    weights.Add(blocks, unit, lane & 3, x, sum);
   }
   if (shares > 1) {
 #pragma unroll
@@ -301,7 +304,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) Int8Product(const ProductPara
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = tile * 8 + 2 * (lane & 3) + (i & 1);
+      const int column = first_column + tile * 8 + 2 * (lane & 3) + (i & 1);
       const int64_t r = rows[i >> 1];
       if (column >= p.columns || r >= p.w.rows) continue;
       float* y = p.y + batch * p.y_batch + column * p.y_column + r;
@@ -317,15 +320,17 @@ cudaError_t Launch(const ProductParams& p, cudaStream_t stream) {
   // Two units a warp at least. Few rows are shared by more warps, or most of the device would idle.
   int shares = 1;
   while (shares < kWarps && units >= shares * 4) shares *= 2;
-  if (shares == kWarps && tiles < 512 && units >= 24) shares = kMostWarps;
+  if (shares == kWarps && tiles <= 192 && units >= 24) shares = kMostWarps;
   const int warps = shares > kWarps ? shares : kWarps;
   const int64_t per_block = warps / shares;
   const dim3 grid(static_cast<unsigned>((tiles + per_block - 1) / per_block),
                   static_cast<unsigned>(p.batches));
-  if (p.columns <= 8) {
-    Int8Product<kType, 1><<<grid, warps * 32, 0, stream>>>(p, shares);
-  } else {
-    Int8Product<kType, 2><<<grid, warps * 32, 0, stream>>>(p, shares);
+  for (int first = 0; first < p.columns; first += 16) {
+    const bool one = p.columns - first <= 8;
+    const auto kernel = warps > kWarps
+                            ? (one ? Int8Product<kType, 1, kMostWarps> : Int8Product<kType, 2, kMostWarps>)
+                            : (one ? Int8Product<kType, 1, kWarps> : Int8Product<kType, 2, kWarps>);
+    kernel<<<grid, warps * 32, 0, stream>>>(p, shares, first);
   }
   return cudaGetLastError();
 }

@@ -18,7 +18,7 @@
 
 namespace tandem::attention::cuda {
 
-constexpr int kMaxColumns = 16;  // of a product on int8 activations
+constexpr int kMaxColumns = 64;  // of a product on int8 activations
 
 // A weight in device memory: `rows` rows of `cols` inputs, each laid out as row_layout.h says.
 struct DeviceMatrix {
@@ -61,7 +61,7 @@ struct ProductParams {
   bool accumulate = false;
 };
 
-// Up to kMaxColumns columns (F32 weights: any number, in groups of that many).
+// Up to kMaxColumns columns (F32 weights: any number), 16 in each pass over the weights.
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
 cudaError_t LaunchInt8Product(const ProductParams& p, cudaStream_t stream);  // its part for quantized weights
 // Any number of columns; not for F32 weights.

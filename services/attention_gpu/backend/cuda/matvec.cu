@@ -118,7 +118,7 @@ void Launch(const ProductParams& p, int first_column, cudaStream_t stream) {
 
 template <int kType>
 cudaError_t ForColumns(const ProductParams& p, cudaStream_t stream) {
-  for (int first = 0; first < p.columns; first += kMaxColumns) {
+  for (int first = 0; first < p.columns; first += 16) {
     const int n = p.columns - first;
     if (n == 1) {
       Launch<kType, 1>(p, first, stream);

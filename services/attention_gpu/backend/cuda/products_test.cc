@@ -90,6 +90,8 @@ TEST(CudaProducts, FewColumnsEqualTheSumsOverTheIntegers) {
                           {5, 2048, 3},
                           {130, 1536, 5},
                           {33, 7168, 16},
+                          {40, 512, 41},
+                          {48, 1024, 64},
                           {96, 768, 11},
                           {300, 256, 8}}) {
       const Weights w = RandomBlocks(rng, type, c.rows, c.cols);
@@ -174,7 +176,7 @@ TEST(CudaProducts, AColumnHasTheSameBitsInAnyCompany) {
       return Product(device.matrix(), a, columns, many);
     };
     const auto alone = of(3, 1, false);
-    for (int columns : {2, 4, 7, 13, 16}) {
+    for (int columns : {2, 4, 7, 13, 16, 30}) {
       EXPECT_TRUE(SameBits(alone.data(), of(3, columns, false).data(), rows))
           << Name(type, {rows, cols, columns});
       EXPECT_TRUE(SameBits(alone.data(),
@@ -193,7 +195,7 @@ TEST(CudaProducts, HeadsAndAccumulation) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(6);
   const int64_t heads = 6, rows = 40, cols = 64, x_head = 96;  // of a head's 96 values the first 64
-  for (int columns : {1, 7, 16, 30}) {
+  for (int columns : {1, 7, 16, 30, 70}) {
     const Weights w = RandomBlocks(rng, TensorType::kQ8_0, heads * rows, cols);
     const std::vector<float> dense = Dequantized(w.m);
     const DeviceWeight device(w.m, heads);
@@ -236,10 +238,10 @@ TEST(CudaProducts, BrokenInputStaysInItsColumn) {
   const int64_t rows = 20, cols = 512;
   const Weights w = RandomBlocks(rng, TensorType::kQ4_K, rows, cols);
   const DeviceWeight device(w.m);
-  auto x = Gaussian(rng, 20 * cols);
+  auto x = Gaussian(rng, 70 * cols);
   x[1 * cols + 77] = std::numeric_limits<float>::quiet_NaN();
   x[2 * cols + 300] = std::numeric_limits<float>::infinity();
-  for (int columns : {4, 20}) {
+  for (int columns : {4, 70}) {
     const DeviceActivations a({x.begin(), x.begin() + columns * cols}, columns, cols, cols);
     const auto y = Product(device.matrix(), a, columns, columns > kMaxColumns);
     for (int j = 0; j < 4; ++j) {
