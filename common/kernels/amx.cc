@@ -1,7 +1,6 @@
 // The kernels for AMX; compiled with its flags, called only where the machine has it.
 #define TANDEM_KERNELS_VNNI 1
 #define TANDEM_KERNELS_GFNI 1
-#define TANDEM_KERNELS_AHEAD_L2 1
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -188,8 +188,8 @@ Matrix Matrix::Of(gguf::TensorType type, const uint8_t* data, int64_t rows, int6
 }
 
 void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x, float* y, int64_t ldy,
-            Precision precision) {
-  Run({&w, row_begin, row_end, &x.impl(), nullptr, x.impl().n, y, ldy, false}, precision);
+            Precision precision, const Flow& flow) {
+  Run({&w, row_begin, row_end, &x.impl(), nullptr, x.impl().n, y, ldy, false, nullptr, &flow}, precision);
 }
 
 void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,

@@ -101,7 +101,7 @@ void Ask(const Upcoming& next);
 // of kRowGrain (other numbers are as right, but decode the spare lanes for nothing).
 constexpr int64_t kRowGrain = 64;
 void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x, float* y, int64_t ldy,
-            Precision precision);
+            Precision precision, const Flow& flow = {});
 
 // The same for chosen tokens: y[i * ldy + r] is the product with token token_ids[i].
 void MatMulGather(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,

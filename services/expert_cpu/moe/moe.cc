@@ -12,7 +12,7 @@
 #include "common/base/status_macros.h"
 #include "common/model/expert_sum.h"
 #include "common/quant/quant.h"
-#include "services/expert_cpu/moe/claims.h"
+#include "common/threading/claims.h"
 #include "services/expert_cpu/moe/grouping.h"
 
 namespace tandem::expert {
@@ -97,7 +97,7 @@ struct Moe::Impl {
   std::vector<kernels::Activations> h;         // by group of the wave
   std::vector<std::atomic<int64_t>> units_left;
   std::vector<double> sum;  // [n_tokens, hidden]
-  Claims claims;
+  threading::Claims claims;
 
   absl::Status Validate(const Call& call, const ShardLayer* layer, uint64_t answer_bytes) const;
   template <typename Fn>

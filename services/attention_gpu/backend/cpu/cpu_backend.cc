@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/quant/quant.h"
+#include "common/threading/claims.h"
 #include "services/attention_gpu/backend/cpu/latent_cache.h"
 #include "services/attention_gpu/backend/cpu/mla_attention.h"
 #include "services/attention_gpu/backend/cpu/router.h"
@@ -158,32 +159,53 @@ class CpuBackend : public Backend {
 
   void Prepare(Activations& acts, const float* x, int64_t cols, std::initializer_list<Product> products) {
     acts.Assign(x, n_, cols);
-    for (const Product& p : products) acts.Prepare(p.w->type, options_.precision);
+    for (const Product& p : products) {
+      if (!acts.Reserve(p.w->type, options_.precision)) continue;
+      if (n_ < 8) {
+        acts.PrepareTokens(p.w->type, 0, n_);
+      } else {
+        pool_.ParallelFor(
+            n_, 4, [&](int64_t begin, int64_t end, int) { acts.PrepareTokens(p.w->type, begin, end); });
+      }
+    }
   }
 
-  // All products in one parallel loop; row chunks of about 32 KB of weights.
+  // All products in one parallel loop, shared out in passes of the kernels; what a chunk reads first is asked
+  // for while the one before it is worked on.
   void Run(const Activations& acts, std::initializer_list<Product> products) {
-    int64_t chunks = 0;
     struct Part {
       const Product* p;
-      int64_t first_chunk, rows_per_chunk;
+      int64_t first_chunk, rows;
     };
     Part parts[4];
     int count = 0;
+    int64_t chunks = 0;
     for (const Product& p : products) {
-      const int64_t rows = std::clamp<int64_t>((int64_t{32768} / p.w->row_bytes + 15) / 16 * 16, 16, 256);
+      // At least 32 KB of weights, so that small matrices are not shared out for nothing.
+      const int64_t least = n_ <= 3 ? 32 : kernels::kRowGrain;
+      const int64_t rows = std::clamp<int64_t>(32768 / p.w->row_bytes / least * least, least, 256);
       parts[count++] = {&p, chunks, rows};
       chunks += (p.w->rows + rows - 1) / rows;
     }
-    pool_.ParallelFor(chunks, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        int i = count - 1;
-        while (parts[i].first_chunk > chunk) --i;
-        const Product& p = *parts[i].p;
-        const int64_t row = (chunk - parts[i].first_chunk) * parts[i].rows_per_chunk;
-        kernels::MatMul(*p.w, row, std::min(p.w->rows, row + parts[i].rows_per_chunk), acts, p.y, p.ldy,
-                        options_.precision);
-      }
+    const auto part_of = [&](int64_t chunk) -> const Part& {
+      int i = count - 1;
+      while (parts[i].first_chunk > chunk) --i;
+      return parts[i];
+    };
+    claims_.Reset(chunks);
+    pool_.ParallelFor(std::min<int64_t>(chunks, pool_.threads()), 1, [&](int64_t, int64_t, int worker) {
+      claims_.Run(worker, [&](int64_t chunk, bool asked, int64_t next_chunk) {
+        const Part& part = part_of(chunk);
+        const Product& p = *part.p;
+        const int64_t row = (chunk - part.first_chunk) * part.rows;
+        kernels::Flow flow{{}, asked};
+        if (next_chunk >= 0) {
+          const Part& next = part_of(next_chunk);
+          flow.next = {next.p->w, (next_chunk - next.first_chunk) * next.rows, next.p->w->rows, n_};
+        }
+        kernels::MatMul(*p.w, row, std::min(p.w->rows, row + part.rows), acts, p.y, p.ldy, options_.precision,
+                        flow);
+      });
     });
   }
 
@@ -372,6 +394,7 @@ class CpuBackend : public Backend {
   const CpuBackendOptions options_;
   std::unique_ptr<ExpertGroup> experts_;
   threading::ThreadPool pool_;
+  threading::Claims claims_{pool_.threads()};
   CpuWeights weights_;
   LatentCache cache_;
   std::vector<float> frequencies_;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace tandem::expert {
+namespace tandem::threading {
 
 class Claims {
  public:
@@ -69,4 +69,4 @@ class Claims {
   std::vector<Slot> held_;
 };
 
-}  // namespace tandem::expert
+}  // namespace tandem::threading
