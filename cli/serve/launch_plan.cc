@@ -109,12 +109,20 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
                     "--precision=" + options.precision, "--expert-groups=" + options.expert_groups,
                     "--gpu=" + options.gpu};
   for (int i = 0; i < expert_processes; ++i) attention.argv.push_back("--expert=" + out[i].health);
-  if (options.context > 0) attention.argv.push_back(absl::StrCat("--ctx=", options.context));
-  if (options.max_batch_size > 0) {
-    attention.argv.push_back(absl::StrCat("--max-batch-size=", options.max_batch_size));
+  const auto pass = [&attention](const char* flag, auto value) {
+    if (value > 0) attention.argv.push_back(absl::StrCat(flag, value));
+  };
+  pass("--ctx=", options.context);
+  pass("--max-batch-size=", options.max_batch_size);
+  pass("--chunk-size=", options.chunk_size);
+  pass("--max-waiting=", options.max_waiting);
+  pass("--kv-tokens=", options.kv_tokens);
+  pass("--kv-host-gb=", options.kv_host_gb);
+  pass("--vram-gb=", options.vram_gb);
+  attention.argv.push_back("--prefix-cache=" + options.prefix_cache);
+  if (options.max_decode_slowdown >= 0) {
+    attention.argv.push_back(absl::StrCat("--max-decode-slowdown=", options.max_decode_slowdown));
   }
-  if (options.chunk_size > 0) attention.argv.push_back(absl::StrCat("--chunk-size=", options.chunk_size));
-
   if (!options.memory_check) attention.argv.push_back("--memory-check=false");
 
   Process gateway;

@@ -12,6 +12,7 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
 using ::testing::Not;
 using ::testing::StartsWith;
 
@@ -88,6 +89,25 @@ TEST(ChoosePorts, RefusesTheSamePortTwice) {
   const auto ports = ChoosePorts(options, 1);
   EXPECT_EQ(ports.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(ports.status().message()), HasSubstr("10002"));
+}
+
+TEST(PlanProcesses, TheEnginesFlagsArePassedOnWhereGiven) {
+  ServeOptions options;
+  const auto attention = [&] {
+    const auto plan = PlanProcesses(options, "/m.gguf", Config(2048, 256), TwoSockets(),
+                                    ChoosePorts(options, 2).value(), "/run/t", "/opt/bin");
+    return plan.value()[2].argv;
+  };
+  EXPECT_THAT(attention(), Not(Contains(HasSubstr("--kv-host-gb"))));
+  EXPECT_THAT(attention(), Not(Contains(HasSubstr("--max-decode-slowdown"))));
+  options.kv_tokens = 70000;
+  options.kv_host_gb = 2.5;
+  options.max_waiting = 9;
+  options.prefix_cache = "off";
+  options.max_decode_slowdown = 0;
+  options.vram_gb = 20;
+  EXPECT_THAT(attention(), IsSupersetOf({"--kv-tokens=70000", "--kv-host-gb=2.5", "--max-waiting=9",
+                                         "--prefix-cache=off", "--max-decode-slowdown=0", "--vram-gb=20"}));
 }
 
 TEST(PlanProcesses, OneExpertProcessASocket) {

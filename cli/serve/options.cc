@@ -25,6 +25,17 @@ void AddServeFlags(Command& command, ServeOptions* o) {
                {"cache-lens", "ctx-size"})
       .Integer("max-batch-size", &o->max_batch_size, 0, 4096, "Sequences decoded together")
       .Integer("chunk-size", &o->chunk_size, 0, 1 << 20, "Prompt tokens taken in one step")
+      .Integer("max-waiting", &o->max_waiting, 0, 1 << 24,
+               "Sequences that may wait beyond those; more get 429 (0: the engine's default)")
+      .Integer("kv-tokens", &o->kv_tokens, 0, int64_t{1} << 31,
+               "Tokens of KV cache for all sequences together (default: by --ctx and memory)")
+      .Choice("prefix-cache", &o->prefix_cache, {"on", "off"}, "Keep what prompts that begin alike share")
+      .Number("kv-host-gb", &o->kv_host_gb, 0, 1e6,
+              "10^9 bytes of host memory for pages that the prefix cache has to give up (default 0)")
+      .Number("max-decode-slowdown", &o->max_decode_slowdown, -1, 1e6,
+              "How many times prompts may stretch the time between running streams' tokens (default 2)")
+      .Number("vram-gb", &o->vram_gb, 0, 1e6,
+              "10^9 bytes of GPU memory to use at most (default: what is free)", {"vram"})
       .Text("expert-groups", &o->expert_groups,
             "Group-limited routing: auto, off, or N/M for N groups of which M are kept (default auto)")
       .Choice("precision", &o->precision, {"fast", "reference"}, "Arithmetic of the CPU backend")

@@ -23,6 +23,12 @@ struct ServeOptions {
   int64_t context = 0;             // tokens; 0: the engine's default
   int64_t max_batch_size = 0;      // sequences decoded together; 0: the engine's default
   int64_t chunk_size = 0;          // prompt tokens of a step; 0: the engine's default
+  int64_t max_waiting = 0;         // sequences that may wait; 0: the engine's default
+  int64_t kv_tokens = 0;           // of KV cache for all sequences together; 0: the engine's default
+  double kv_host_gb = 0;           // 10^9 bytes of host memory for pages that the prefix cache gives up
+  std::string prefix_cache = "on";
+  double max_decode_slowdown = -1;  // below 0: the engine's default
+  double vram_gb = 0;               // 0: what is free
   std::string expert_groups = "auto";
   std::string precision = "fast";
   std::string model_name;  // by which clients know it; empty: the file's

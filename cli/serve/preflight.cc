@@ -56,9 +56,13 @@ uint64_t ServingBytes(const ServeOptions& options, const MemoryPlan& plan, const
   const int64_t batch = options.max_batch_size > 0 ? options.max_batch_size : kDefaultBatch;
   // The CPU backend keeps the cache in float32, twice the bytes of the GPU's bf16.
   const uint64_t token_bytes = std::max<uint64_t>(1, 2 * plan.kv_bytes_per_token);
-  const uint64_t tokens = std::max<uint64_t>(
-      static_cast<uint64_t>(context), std::min<uint64_t>(context * batch, kDefaultKvBytes / token_bytes));
-  return plan.expert_bytes + plan.dense_bytes + tokens * token_bytes + plan.workspace_bytes +
+  const uint64_t tokens =
+      options.kv_tokens > 0
+          ? static_cast<uint64_t>(options.kv_tokens)
+          : std::max<uint64_t>(static_cast<uint64_t>(context),
+                               std::min<uint64_t>(context * batch, kDefaultKvBytes / token_bytes));
+  const auto host_tier = static_cast<uint64_t>(options.kv_host_gb * 1e9);
+  return plan.expert_bytes + plan.dense_bytes + tokens * token_bytes + host_tier + plan.workspace_bytes +
          static_cast<uint64_t>(processes) * kBytesPerProcess;
 }
 
