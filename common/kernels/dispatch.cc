@@ -208,7 +208,7 @@ void MatMulLeaves(const Matrix& w, int64_t row_begin, int64_t row_end, const Act
 }
 
 void Ask(const Upcoming& next) {
-  const int64_t rows = std::min<int64_t>(next.row_end - next.row, next.tokens < 4 ? 16 : kRowGrain);
+  const int64_t rows = std::min<int64_t>(next.row_end - next.row, PassRows(next.tokens));
   const uint8_t* row = next.w->data + next.row * next.w->row_bytes;
   const int64_t used = gguf::RowBytes(next.w->type, next.w->cols);
   for (int64_t r = 0; r < rows; ++r, row += next.w->row_bytes) {

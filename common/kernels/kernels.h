@@ -100,6 +100,9 @@ void Ask(const Upcoming& next);
 // x must be prepared for w.type. Thread-safe for disjoint rows: the caller shares them out, best in multiples
 // of kRowGrain (other numbers are as right, but decode the spare lanes for nothing).
 constexpr int64_t kRowGrain = 64;
+// Rows that one pass over the weights takes with so many tokens: with a few, each group is decoded and used
+// at once.
+constexpr int64_t PassRows(int64_t tokens) { return tokens <= 3 ? 16 : kRowGrain; }
 void MatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x, float* y, int64_t ldy,
             Precision precision, const Flow& flow = {});
 

@@ -18,10 +18,4 @@ inline constexpr double kGridShift = 6291456.0;
 
 inline double ToGrid(double term) { return (term + kGridShift) - kGridShift; }
 
-// sum[o] += ToGrid(weight * part[o]) for o in [0, n).
-inline void AccumulateExpert(float weight, const float* part, double* sum, int64_t n) {
-  const double w = weight;
-  for (int64_t o = 0; o < n; ++o) sum[o] += ToGrid(w * static_cast<double>(part[o]));
-}
-
 }  // namespace tandem::model

@@ -20,9 +20,8 @@ namespace {
 
 // Rows in a unit of work: few, so that all cores end together, and whole passes of the kernels. What a unit
 // reads first is asked for while the unit before it is worked on, so that small ones cost nothing.
-constexpr int64_t kFewTokens = 3;  // up to here a pass takes 16 rows
-int64_t UnitRows(int64_t rows, int64_t most_tokens, int64_t few_tokens_rows) {
-  return std::min(rows, most_tokens <= kFewTokens ? few_tokens_rows : 64);
+int64_t UnitRows(int64_t rows, int64_t most_tokens, int64_t least) {
+  return std::min(rows, std::max(least, kernels::PassRows(most_tokens)));
 }
 // From so many tokens on, what is done for each token is shared out too.
 constexpr int64_t kManyTokens = 8;

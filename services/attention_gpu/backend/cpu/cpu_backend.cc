@@ -182,7 +182,7 @@ class CpuBackend : public Backend {
     int64_t chunks = 0;
     for (const Product& p : products) {
       // At least 32 KB of weights, so that small matrices are not shared out for nothing.
-      const int64_t least = n_ <= 3 ? 32 : kernels::kRowGrain;
+      const int64_t least = std::max<int64_t>(32, kernels::PassRows(n_));
       const int64_t rows = std::clamp<int64_t>(32768 / p.w->row_bytes / least * least, least, 256);
       parts[count++] = {&p, chunks, rows};
       chunks += (p.w->rows + rows - 1) / rows;
