@@ -16,6 +16,4 @@ namespace tandem::model {
 // 1.5 * 2^22: a double of this size has an ulp of 2^-30, so adding and subtracting it rounds to that grid.
 inline constexpr double kGridShift = 6291456.0;
 
-inline double ToGrid(double term) { return (term + kGridShift) - kGridShift; }
-
 }  // namespace tandem::model
