@@ -8,6 +8,9 @@
 #include "common/base/status_macros.h"
 
 namespace tandem::shm {
+namespace {
+constexpr auto kLastCode = static_cast<uint32_t>(absl::StatusCode::kUnauthenticated);
+}  // namespace
 
 absl::Status CallClient::CheckHeader(std::span<uint8_t> region, const RegionLayout& layout,
                                      const SessionId& session) {
@@ -94,12 +97,46 @@ absl::StatusOr<CallAnswer> CallClient::Await(absl::Time deadline) {
   return ReadAnswer(control);
 }
 
+absl::StatusOr<uint64_t> CallClient::BeginRun(uint64_t calls) {
+  const std::lock_guard lock(mutex_);
+  if (!aborted_.ok()) return aborted_;
+  const uint64_t first = sequence_ + 1;
+  sequence_ += calls;
+  run_ = true;
+  SetAwake(true);
+  return first;
+}
+
+absl::Status CallClient::EndRun(bool made_all, const absl::Status& why) {
+  if (!made_all) Abort(why);
+  const std::lock_guard lock(mutex_);
+  run_ = false;
+  SetAwake(false);
+  return aborted_;
+}
+
+void CallClient::SetAwake(bool awake) {
+  for (uint64_t i = 0; i < layout_.shape().slots; ++i) shm::SetAwake(Control(i).bell, awake);
+}
+
+absl::Status CallClient::AnswerStatus(uint64_t sequence) {
+  SlotControl& control = Control(sequence);
+  const uint32_t status = ReadOnce(control.answer.status);
+  if (ReadOnce(control.answer.sequence) != sequence || ReadOnce(control.answer.epoch) != session_.epoch) {
+    return absl::DataLossError(absl::StrCat("its answer to call ", sequence, " is gone"));
+  }
+  if (status == 0) return absl::OkStatus();
+  if (status > kLastCode) return absl::DataLossError(absl::StrCat("it answered with status ", status));
+  const uint32_t message_bytes = std::min(ReadOnce(control.answer.message_bytes), kMessageBytes);
+  return absl::Status(static_cast<absl::StatusCode>(status),
+                      absl::string_view(control.message, message_bytes));
+}
+
 absl::StatusOr<CallAnswer> CallClient::ReadAnswer(SlotControl& control) {
   const uint32_t flag = control.answered.sequence.load(std::memory_order_acquire);
   AnswerHeader& header = control.answer;
   const uint64_t sequence = ReadOnce(header.sequence), epoch = ReadOnce(header.epoch);
   const uint32_t status = ReadOnce(header.status);
-  constexpr auto kLastCode = static_cast<uint32_t>(absl::StatusCode::kUnauthenticated);
   if (flag != static_cast<uint32_t>(sequence_) || sequence != sequence_ || epoch != session_.epoch ||
       status > kLastCode) {
     const absl::Status broken = absl::DataLossError(
@@ -110,19 +147,24 @@ absl::StatusOr<CallAnswer> CallClient::ReadAnswer(SlotControl& control) {
   }
   CallAnswer out;
   out.figures = {ReadOnce(header.nanoseconds), ReadOnce(header.bytes_read), ReadOnce(header.distinct)};
-  if (status == 0) {
+  out.status = AnswerStatus(sequence_);
+  if (out.status.ok())
     out.output = layout_.Output(region_, sequence_ % layout_.shape().slots, rows_, output_);
-    return out;
-  }
-  const uint32_t message_bytes = std::min(ReadOnce(header.message_bytes), kMessageBytes);
-  out.status =
-      absl::Status(static_cast<absl::StatusCode>(status), absl::string_view(control.message, message_bytes));
   return out;
 }
 
 void CallClient::Abort(const absl::Status& reason) {
   const std::lock_guard lock(mutex_);
   if (aborted_.ok()) aborted_ = reason;
+  if (run_) {
+    // Again with each Abort: the host may still answer, which sets the number back.
+    for (uint64_t i = 0; i < layout_.shape().slots; ++i) {
+      SlotControl& control = Control(i);
+      WriteOnce(control.answer.status, kStatusAborted);
+      Signal(control.answered, static_cast<uint32_t>(sequence_));
+    }
+    return;
+  }
   if (!in_flight_ || call_aborted_) return;
   SlotControl& control = Control(sequence_);
   const auto number = static_cast<uint32_t>(sequence_);

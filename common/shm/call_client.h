@@ -49,29 +49,48 @@ class CallClient {
   // Abort; DataLoss: the host broke the protocol. After an error of Await the client is of no use any more.
   absl::StatusOr<CallAnswer> Await(absl::Time deadline);
 
+  // A device makes the next `calls` calls by itself, in the region: numbers first (returned), first + 1, ...,
+  // each rung after the answer to the one before. Until EndRun the host does not sleep between them, and
+  // Abort ends all that are left. The reason of Abort, if that was before.
+  absl::StatusOr<uint64_t> BeginRun(uint64_t calls);
+  // The device makes no more of them: all were answered, or it has given up. `made_all` false aborts the
+  // session with `why`, since nobody knows which number is next. The reason of Abort, if there was one.
+  absl::Status EndRun(bool made_all, const absl::Status& why);
+  // Number of the last answer to be seen; any thread, while there is a run.
+  uint32_t LastAnswer(uint64_t sequence) const {
+    return Control(sequence).answered.sequence.load(std::memory_order_relaxed);
+  }
+  // What the host said of call `sequence` of the run that is under way or was the last one.
+  absl::Status AnswerStatus(uint64_t sequence);
+
   // The host is gone, or too slow: a call in flight that has no answer yet ends with `reason` (which is not
   // OK), and so does every later one. An answer that is there is not lost. The first reason stays.
   void Abort(const absl::Status& reason);
 
   const Waiter& waiter() const { return waiter_; }
+  const RegionLayout& layout() const { return layout_; }
+  const SessionId& session() const { return session_; }
+  std::span<uint8_t> region() const { return region_; }
 
  private:
   SlotControl& Control(uint64_t sequence) const {
     return layout_.Control(region_, sequence % layout_.shape().slots);
   }
   absl::StatusOr<CallAnswer> ReadAnswer(SlotControl& control);
+  void SetAwake(bool awake);
 
   const std::span<uint8_t> region_;
   const RegionLayout layout_;
   const SessionId session_;
   Waiter waiter_;
   const std::atomic<bool> never_{false};
-  uint64_t sequence_;  // of the last call that was rung; written under mutex_, read by Abort
+  uint64_t sequence_;  // of the last call that was rung, or of a run's; written under mutex_, read by Abort
   uint32_t rows_ = 0;
   ValueType output_ = ValueType::kF32;
 
-  std::mutex mutex_;  // for the three below
+  std::mutex mutex_;  // for those below
   absl::Status aborted_;
+  bool run_ = false;           // between BeginRun and EndRun
   bool in_flight_ = false;     // between Ring and the end of Await
   bool call_aborted_ = false;  // Abort ended the call, not its answer
 };

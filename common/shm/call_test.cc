@@ -83,6 +83,96 @@ TEST_P(CallTest, AnswersPastTheWrapOfTheFlags) {
   }
   host.join();
 }
+// Makes calls as a device does: plain writes into the region, a bell without a system call.
+class Device {
+ public:
+  Device(const CallClient& client, uint64_t first) : client_(client), next_(first) {}
+
+  // False: the wait was ended by Abort, or the host's answer is none.
+  bool Call(uint32_t layer, float value, float* answer) {
+    const uint64_t sequence = next_++, slot = sequence % client_.layout().shape().slots;
+    SlotControl& control = client_.layout().Control(client_.region(), slot);
+    WriteOnce(control.request.sequence, sequence);
+    WriteOnce(control.request.epoch, client_.session().epoch);
+    WriteOnce(control.request.layer, layer);
+    WriteOnce(control.request.rows, 1u);
+    WriteOnce(control.request.pairs, 1u);
+    WriteOnce(control.request.input_type, static_cast<uint32_t>(ValueType::kF32));
+    WriteOnce(control.request.output_type, static_cast<uint32_t>(ValueType::kF32));
+    std::memcpy(client_.layout().Input(client_.region(), slot, 1, ValueType::kF32).data(), &value, 4);
+    control.bell.sequence.store(static_cast<uint32_t>(sequence), std::memory_order_release);
+    while (static_cast<int32_t>(control.answered.sequence.load(std::memory_order_acquire) -
+                                static_cast<uint32_t>(sequence)) < 0) {
+    }
+    std::memcpy(answer, client_.layout().Output(client_.region(), slot, 1, ValueType::kF32).data(), 4);
+    return ReadOnce(control.answer.status) == 0 && ReadOnce(control.answer.sequence) == sequence;
+  }
+
+ private:
+  const CallClient& client_;
+  uint64_t next_;
+};
+
+TEST_P(CallTest, ADeviceMakesCallsBetweenTheClients) {
+  Open(GetParam(), 0xfffffff0);
+  std::thread host([this] { Serve(3 * 51); });
+  for (int round = 0; round < 3; ++round) {
+    ASSERT_TRUE(Call(1, 1, 2.0f).ok());
+    // The host sleeps by now: the run must wake it, and keep it awake through the pauses of the device.
+    absl::SleepFor(absl::Milliseconds(5));
+    const auto first = client_->BeginRun(50);
+    ASSERT_TRUE(first.ok()) << first.status();
+    Device device(*client_, *first);
+    for (uint32_t i = 0; i < 50; ++i) {
+      if (i % 10 == 0) absl::SleepFor(absl::Milliseconds(1));
+      float answer = 0;
+      ASSERT_TRUE(device.Call(i % 9, static_cast<float>(i), &answer));
+      ASSERT_EQ(answer, static_cast<float>(i + i % 9));
+    }
+    EXPECT_EQ(client_->LastAnswer(*first + 49), static_cast<uint32_t>(*first + 49));
+    EXPECT_TRUE(client_->EndRun(true, absl::OkStatus()).ok());
+  }
+  host.join();
+}
+
+TEST_P(CallTest, AnErrorWithinARunIsToldAndEndsNothing) {
+  Open(GetParam(), 5);
+  std::thread host([this] { Serve(3); });
+  const auto first = client_->BeginRun(2);
+  ASSERT_TRUE(first.ok());
+  Device device(*client_, *first);
+  float answer;
+  EXPECT_TRUE(device.Call(3, 1, &answer));
+  EXPECT_FALSE(device.Call(9, 1, &answer));
+  EXPECT_EQ(client_->AnswerStatus(*first + 1), absl::NotFoundError("layer 9"));
+  EXPECT_TRUE(client_->EndRun(true, absl::OkStatus()).ok());
+  EXPECT_TRUE(Call(3, 1, 2.0f).ok());
+  host.join();
+}
+
+TEST_P(CallTest, AbortFreesADeviceHoweverManyCallsAreLeft) {
+  Open(GetParam(), 5);
+  const auto first = client_->BeginRun(30);
+  ASSERT_TRUE(first.ok());
+  std::thread device_thread([&] {
+    Device device(*client_, *first);
+    float answer;
+    for (int i = 0; i < 30; ++i) EXPECT_FALSE(device.Call(1, 1, &answer));
+  });
+  absl::SleepFor(absl::Milliseconds(20));
+  client_->Abort(absl::UnavailableError("gone"));
+  device_thread.join();
+  EXPECT_EQ(client_->EndRun(true, absl::OkStatus()), absl::UnavailableError("gone"));
+  EXPECT_EQ(client_->BeginRun(1).status(), absl::UnavailableError("gone"));
+}
+
+TEST_P(CallTest, ARunThatWasNotMadeToItsEndEndsTheSession) {
+  Open(GetParam(), 5);
+  ASSERT_TRUE(client_->BeginRun(3).ok());
+  EXPECT_EQ(client_->EndRun(false, absl::InternalError("no launch")), absl::InternalError("no launch"));
+  EXPECT_FALSE(Call(1, 1, 1.0f).ok());
+}
+
 INSTANTIATE_TEST_SUITE_P(Slots, CallTest, ::testing::Values(1, 2, 8));
 
 TEST_F(CallTest, ErrorsOfACallAreItsAnswer) {

@@ -55,6 +55,12 @@ void Signal(Flag& flag, uint32_t sequence) {
 
 void Wake(Flag& flag) { FutexWake(flag.sequence); }
 
+void SetAwake(Flag& flag, bool awake) {
+  // As in Signal: of this and Sleep's announcement at least one sees the other.
+  flag.awake.store(awake ? 1 : 0, std::memory_order_seq_cst);
+  if (awake && flag.sleeping.load(std::memory_order_seq_cst) != 0) FutexWake(flag.sequence);
+}
+
 int AllowedCpus() {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -77,9 +83,10 @@ WaitResult Waiter::Wait(Flag& flag, uint32_t last, absl::Duration most, const st
   if (wait <= 0) return WaitResult::kTimeout;
   const int64_t begin = Now();
   const int64_t end = begin + wait;
+  if (flag.awake.load(std::memory_order_relaxed) != 0) return Rest(flag, last, end, stop);
   if (pause_ > 0) {
     --pause_;
-    return Sleep(flag, last, end, stop);
+    return Rest(flag, last, end, stop);
   }
   const int64_t spin_end = std::min(end, begin + spin_nanoseconds_);
   for (int64_t looked = begin; looked < spin_end;) {
@@ -98,11 +105,38 @@ WaitResult Waiter::Wait(Flag& flag, uint32_t last, absl::Duration most, const st
     looked = now;
   }
   last_pause_ = pause_ = std::clamp(2 * last_pause_, 1, kLongestPause);
-  return Sleep(flag, last, end, stop);
+  return Rest(flag, last, end, stop);
 }
 
-WaitResult Waiter::Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop) {
-  WaitResult result = WaitResult::kTimeout;
+WaitResult Waiter::Rest(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop) {
+  for (;;) {
+    const bool awake = flag.awake.load(std::memory_order_relaxed) != 0;
+    const auto result = awake ? LookOn(flag, last, end, stop) : Sleep(flag, last, end, stop);
+    if (result) return *result;
+  }
+}
+
+// Where others want this CPU they get it, in turns.
+std::optional<WaitResult> Waiter::LookOn(Flag& flag, uint32_t last, int64_t end,
+                                         const std::atomic<bool>& stop) {
+  int64_t looked = Now();
+  for (;;) {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (flag.sequence.load(std::memory_order_acquire) != last) return WaitResult::kSignalled;
+      Pause();
+    }
+    if (stop.load(std::memory_order_acquire)) return WaitResult::kStopped;
+    const int64_t now = Now();
+    if (now >= end) return WaitResult::kTimeout;
+    if (now - looked > kPreempted) sched_yield();
+    looked = now;
+    if (flag.awake.load(std::memory_order_relaxed) == 0) return std::nullopt;
+  }
+}
+
+std::optional<WaitResult> Waiter::Sleep(Flag& flag, uint32_t last, int64_t end,
+                                        const std::atomic<bool>& stop) {
+  std::optional<WaitResult> result = WaitResult::kTimeout;
   flag.sleeping.store(1, std::memory_order_seq_cst);
   for (;;) {
     if (flag.sequence.load(std::memory_order_seq_cst) != last) {
@@ -115,9 +149,13 @@ WaitResult Waiter::Sleep(Flag& flag, uint32_t last, int64_t end, const std::atom
     }
     const int64_t left = end - Now();
     if (left <= 0) break;
-    ++sleeps_;
     // The peer may have cleared `sleeping`; set again for each sleep.
     flag.sleeping.store(1, std::memory_order_seq_cst);
+    if (flag.awake.load(std::memory_order_seq_cst) != 0) {
+      result.reset();
+      break;
+    }
+    ++sleeps_;
     FutexWait(flag.sequence, last, std::min(left, kLongestSleep));
   }
   flag.sleeping.store(0, std::memory_order_relaxed);

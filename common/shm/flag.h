@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "absl/time/time.h"
@@ -16,6 +17,10 @@ namespace tandem::shm {
 struct alignas(128) Flag {
   std::atomic<uint32_t> sequence;
   std::atomic<uint32_t> sleeping;  // not 0: the waiter sleeps, or is about to; signalling takes a system call
+  // Not 0: a device signals, which cannot wake a sleeper, so the waiter looks on and on. The signalling side
+  // sets it for the time of a run (SetAwake); what it costs if that side dies is bounded by the wait's `most`
+  // and by the lease.
+  std::atomic<uint32_t> awake;
 };
 static_assert(sizeof(Flag) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 static_assert(std::is_standard_layout_v<Flag>);
@@ -24,6 +29,8 @@ static_assert(std::is_standard_layout_v<Flag>);
 void Signal(Flag& flag, uint32_t sequence);
 // Wakes the waiter without a new number, so that it looks at its `stop`.
 void Wake(Flag& flag);
+// From now on the waiter does not sleep, and a sleeping one is woken; or it may sleep again.
+void SetAwake(Flag& flag, bool awake);
 
 // The CPUs that this thread may run on.
 int AllowedCpus();
@@ -55,7 +62,10 @@ class Waiter {
   uint64_t sleeps() const { return sleeps_; }
 
  private:
-  WaitResult Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
+  WaitResult Rest(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
+  // Both: nullopt when the flag's `awake` asks for the other.
+  std::optional<WaitResult> Sleep(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
+  std::optional<WaitResult> LookOn(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
 
   int64_t spin_nanoseconds_;
   int pause_ = 0;  // waits to come that do not spin

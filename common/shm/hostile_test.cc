@@ -58,6 +58,7 @@ TEST(HostileTest, HostSurvivesAnyRequest) {
       control.request.output_type = random() % 4 != 0 ? 1 : Nasty(random);
       control.bell.sequence = random() % 30 == 0 ? Nasty(random) : static_cast<uint32_t>(sequence);
       control.bell.sleeping = Nasty(random);
+      control.bell.awake = random() % 4 != 0 ? 0 : Nasty(random);
       for (uint64_t at = 0; at < kHeaderBytes; at += 8) region.data[at] = static_cast<uint8_t>(random());
       IncomingCall call;
       const absl::Status next = host.Next(absl::ZeroDuration(), &call);
