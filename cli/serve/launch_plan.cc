@@ -117,7 +117,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
   pass("--chunk-size=", options.chunk_size);
   pass("--max-waiting=", options.max_waiting);
   pass("--kv-tokens=", options.kv_tokens);
-  pass("--kv-host-gb=", options.kv_host_gb);
+  if (options.kv_host_gb >= 0) attention.argv.push_back(absl::StrCat("--kv-host-gb=", options.kv_host_gb));
   pass("--vram-gb=", options.vram_gb);
   attention.argv.push_back("--prefix-cache=" + options.prefix_cache);
   if (options.max_decode_slowdown >= 0) {

@@ -100,6 +100,8 @@ TEST(PlanProcesses, TheEnginesFlagsArePassedOnWhereGiven) {
   };
   EXPECT_THAT(attention(), Not(Contains(HasSubstr("--kv-host-gb"))));
   EXPECT_THAT(attention(), Not(Contains(HasSubstr("--max-decode-slowdown"))));
+  options.kv_host_gb = 0;
+  EXPECT_THAT(attention(), Contains("--kv-host-gb=0")) << "none is not the default";
   options.kv_tokens = 70000;
   options.kv_host_gb = 2.5;
   options.max_waiting = 9;

@@ -31,7 +31,8 @@ void AddServeFlags(Command& command, ServeOptions* o) {
                "Tokens of KV cache for all sequences together (default: by --ctx and memory)")
       .Choice("prefix-cache", &o->prefix_cache, {"on", "off"}, "Keep what prompts that begin alike share")
       .Number("kv-host-gb", &o->kv_host_gb, 0, 1e6,
-              "10^9 bytes of host memory for pages that the prefix cache has to give up (default 0)")
+              "10^9 bytes of host memory for pages that the prefix cache has to give up (default: a quarter "
+              "of the memory that is left, at most 8)")
       .Number("max-decode-slowdown", &o->max_decode_slowdown, -1, 1e6,
               "How many times prompts may stretch the time between running streams' tokens (default 2)")
       .Number("vram-gb", &o->vram_gb, 0, 1e6,

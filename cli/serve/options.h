@@ -25,7 +25,7 @@ struct ServeOptions {
   int64_t chunk_size = 0;          // prompt tokens of a step; 0: the engine's default
   int64_t max_waiting = 0;         // sequences that may wait; 0: the engine's default
   int64_t kv_tokens = 0;           // of KV cache for all sequences together; 0: the engine's default
-  double kv_host_gb = 0;           // 10^9 bytes of host memory for pages that the prefix cache gives up
+  double kv_host_gb = -1;          // 10^9 bytes for pages that the prefix cache gives up; below 0: by memory
   std::string prefix_cache = "on";
   double max_decode_slowdown = -1;  // below 0: the engine's default
   double vram_gb = 0;               // 0: what is free

@@ -11,15 +11,13 @@
 #include "cli/util/format.h"
 #include "cli/util/paths.h"
 #include "common/base/status_macros.h"
+#include "common/model/cache_sizes.h"
 #include "common/model/tensors.h"
 
 namespace tandem::cli {
 namespace {
 
-// The engine's defaults (tandem-attention --help).
-constexpr int64_t kDefaultContext = 8192;
-constexpr int64_t kDefaultBatch = 16;
-constexpr uint64_t kDefaultKvBytes = uint64_t{2} << 30;
+constexpr int64_t kDefaultBatch = 16;               // the engine's (tandem-attention --help)
 constexpr uint64_t kBytesPerProcess = 100'000'000;  // code, buffers, thread stacks
 
 }  // namespace
@@ -51,19 +49,21 @@ absl::StatusOr<OpenedModel> OpenModel(const std::string& path, const std::string
 
 uint64_t ServingBytes(const ServeOptions& options, const MemoryPlan& plan, const model::ModelConfig& config,
                       int processes) {
-  const int64_t context =
-      options.context > 0 ? options.context : std::min(config.max_position_embeddings, kDefaultContext);
+  const int64_t context = options.context > 0 ? options.context : model::DefaultContext(config);
   const int64_t batch = options.max_batch_size > 0 ? options.max_batch_size : kDefaultBatch;
-  // The CPU backend keeps the cache in float32, twice the bytes of the GPU's bf16.
-  const uint64_t token_bytes = std::max<uint64_t>(1, 2 * plan.kv_bytes_per_token);
-  const uint64_t tokens =
-      options.kv_tokens > 0
-          ? static_cast<uint64_t>(options.kv_tokens)
-          : std::max<uint64_t>(static_cast<uint64_t>(context),
-                               std::min<uint64_t>(context * batch, kDefaultKvBytes / token_bytes));
-  const auto host_tier = static_cast<uint64_t>(options.kv_host_gb * 1e9);
-  return plan.expert_bytes + plan.dense_bytes + tokens * token_bytes + host_tier + plan.workspace_bytes +
+  const int64_t tokens =
+      options.kv_tokens > 0 ? options.kv_tokens : model::DefaultCacheTokens(config, context, batch);
+  // As the CPU backend keeps it.
+  const auto cache = static_cast<uint64_t>(tokens * model::CacheBytesPerToken(config, sizeof(float)));
+  const auto host_tier = static_cast<uint64_t>(std::max(0.0, options.kv_host_gb) * 1e9);
+  return plan.expert_bytes + plan.dense_bytes + cache + host_tier + plan.workspace_bytes +
          static_cast<uint64_t>(processes) * kBytesPerProcess;
+}
+
+uint64_t HostTierBytes(const ServeOptions& options, uint64_t needed, const topology::MemoryInfo& memory) {
+  if (options.kv_host_gb >= 0 || options.prefix_cache == "off") return 0;
+  const uint64_t usable = memory.UsableBytes();
+  return model::DefaultHostTierBytes(usable > needed ? usable - needed : 0);
 }
 
 absl::Status CheckMemory(uint64_t needed, const MemoryPlan& plan, const topology::MemoryInfo& memory) {

@@ -34,6 +34,10 @@ absl::StatusOr<OpenedModel> OpenModel(const std::string& path, const std::string
 uint64_t ServingBytes(const ServeOptions& options, const MemoryPlan& plan, const model::ModelConfig& config,
                       int processes);
 
+// What the engine will add for pages that leave the cache where --kv-host-gb is not given: a part of what
+// `needed` leaves, so that it is never what does not fit.
+uint64_t HostTierBytes(const ServeOptions& options, uint64_t needed, const topology::MemoryInfo& memory);
+
 // ResourceExhausted with the numbers if `needed` exceeds what is there.
 absl::Status CheckMemory(uint64_t needed, const MemoryPlan& plan, const topology::MemoryInfo& memory);
 

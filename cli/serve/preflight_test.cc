@@ -139,6 +139,27 @@ TEST(Preflight, ServingBytesGrowWithContextAndBatch) {
   EXPECT_GT(ServingBytes(small, plan, model->config, 3), model->file->file_bytes());
 }
 
+TEST(Preflight, TheHostTierIsCountedAndNeverTooMuch) {
+  const auto model = OpenModel(DemoModel(), "auto");
+  ASSERT_TRUE(model.ok()) << model.status();
+  const auto plan = PlanMemory(*model->file, model->config, 0, 1).value();
+  topology::MemoryInfo memory;
+  memory.total_bytes = 64'000'000'000;
+  memory.available_bytes = 20'000'000'000;
+  ServeOptions options;
+  const uint64_t needed = ServingBytes(options, plan, model->config, 3);
+  const uint64_t tier = HostTierBytes(options, needed, memory);
+  EXPECT_EQ(tier, (memory.available_bytes - needed) / 4);
+  EXPECT_TRUE(CheckMemory(needed + tier, plan, memory).ok());
+  EXPECT_EQ(HostTierBytes(options, 30'000'000'000, memory), 0u);
+  options.kv_host_gb = 3;
+  EXPECT_EQ(ServingBytes(options, plan, model->config, 3), needed + 3'000'000'000);
+  EXPECT_EQ(HostTierBytes(options, needed, memory), 0u) << "what is asked for is counted already";
+  options.kv_host_gb = -1;
+  options.prefix_cache = "off";
+  EXPECT_EQ(HostTierBytes(options, needed, memory), 0u);
+}
+
 TEST(Preflight, MissingProgramsAreNamed) {
   Process process;
   process.argv = {"/nonexistent/tandem-expert"};

@@ -120,23 +120,25 @@ absl::StatusOr<Prepared> Prepare(const ServeOptions& options, const std::string&
   TANDEM_ASSIGN_OR_RETURN(const MemoryPlan plan,
                           PlanMemory(*model.file, model.config, options.context, std::max(1, processes)));
   const uint64_t needed = ServingBytes(options, plan, model.config, processes + 2);
-  if (options.memory_check) {
-    TANDEM_RETURN_IF_ERROR(CheckMemory(needed, plan, topology::ReadMemoryInfo()));
-  }
+  const topology::MemoryInfo memory = topology::ReadMemoryInfo();
+  if (options.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(needed, plan, memory));
+  const uint64_t host_tier = HostTierBytes(options, needed, memory);
   Prepared out;
   TANDEM_ASSIGN_OR_RETURN(out.ports, ChoosePorts(options, processes));
   TANDEM_ASSIGN_OR_RETURN(out.processes, PlanProcesses(options, path, model.config, topology, out.ports,
                                                        runtime, ProgramFolder()));
   TANDEM_RETURN_IF_ERROR(CheckPrograms(out.processes));
   TANDEM_RETURN_IF_ERROR(CheckPorts(options, out.ports));
-  out.summary =
-      absl::StrCat("model ", Printable(model.config.name), " (", path, "): ", FormatCount(plan.parameters),
-                   " parameters, ", FormatBytes(model.file->file_bytes()), "; ", FormatBytes(needed),
-                   " of memory; ", processes, " expert process", processes == 1 ? "" : "es",
-                   plan.shards.size() > 1 && plan.shards[0].sliced ? " (slices)"
-                   : plan.shards.size() > 1                        ? " (expert ranges)"
-                                                                   : "",
-                   ", CPU backend");
+  out.summary = absl::StrCat(
+      "model ", Printable(model.config.name), " (", path, "): ", FormatCount(plan.parameters),
+      " parameters, ", FormatBytes(model.file->file_bytes()), "; ", FormatBytes(needed + host_tier),
+      " of memory",
+      host_tier == 0 ? "" : absl::StrCat(" (of it up to ", FormatBytes(host_tier), " --kv-host-gb)"), "; ",
+      processes, " expert process", processes == 1 ? "" : "es",
+      plan.shards.size() > 1 && plan.shards[0].sliced ? " (slices)"
+      : plan.shards.size() > 1                        ? " (expert ranges)"
+                                                      : "",
+      ", CPU backend");
   return out;
 }
 

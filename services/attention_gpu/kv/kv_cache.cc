@@ -1,5 +1,6 @@
 #include "services/attention_gpu/kv/kv_cache.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/base/check.h"
@@ -46,6 +47,22 @@ int32_t KvCache::Adopt(std::span<const int32_t> tokens, int32_t computed, Sequen
     s.pages.push_back(node->page);
   }
   return static_cast<int32_t>(s.shared.size() - before) * page_tokens_;
+}
+
+int32_t KvCache::CopyPart(std::span<const int32_t> tokens, int32_t computed, SequencePages& s) {
+  const size_t full = s.shared.size();
+  if (!prefix_cache_ || computed != static_cast<int32_t>(full) * page_tokens_) return 0;
+  const auto left = static_cast<int32_t>(tokens.size()) - computed - 1;
+  if (left < LeastCopied()) return 0;
+  const PrefixTree::Nearest nearest = tree_.FindNearest(
+      full > 0 ? s.shared.back() : tree_.root(), tokens.subspan(computed, std::min(left, page_tokens_)));
+  if (nearest.in_common < LeastCopied()) return 0;
+  // A page without a difference in it is Adopt's: it was kept from it by a lack of room.
+  if (nearest.in_common == page_tokens_) return 0;
+  tree_.Ref(nearest.node);  // or making room might drop it
+  const bool copied = Reserve(computed + nearest.in_common, s) && CopyContents(*nearest.node, s.pages[full]);
+  tree_.Unref(nearest.node);
+  return copied ? nearest.in_common : 0;
 }
 
 bool KvCache::Reserve(int32_t tokens, SequencePages& s) {
@@ -139,6 +156,12 @@ bool KvCache::BringBack(Node* node) {
   tree_.MoveToDevice(node, page[0]);
   ++counters_.host_returned;
   return true;
+}
+
+bool KvCache::CopyContents(const Node& node, int32_t page) {
+  if (node.page < 0) return backend_.CopyPageIn(host_.Data(node.slot), page).ok();
+  page_copy_.resize(backend_.page_bytes());
+  return backend_.CopyPageOut(node.page, page_copy_).ok() && backend_.CopyPageIn(page_copy_, page).ok();
 }
 
 // Removes an unreferenced node and all below it, none of which is referenced either.

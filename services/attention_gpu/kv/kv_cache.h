@@ -51,6 +51,12 @@ class KvCache {
   // and not yet written are given up for them.
   int32_t Adopt(std::span<const int32_t> tokens, int32_t computed, SequencePages& s);
 
+  // Where Adopt can go no further: copies what a known page has in common with the tokens that come next into
+  // a page of the sequence's own, and returns the tokens gained: less than a page, and one token at least is
+  // left to compute. So even the page that holds the last token of a known prompt is not computed again.
+  // Nothing is copied for the sake of a few tokens (less than a quarter of a page) or where there is no room.
+  int32_t CopyPart(std::span<const int32_t> tokens, int32_t computed, SequencePages& s);
+
   // Makes sure of pages for the first `tokens` tokens; false, and nothing changed, if there is no room.
   bool Reserve(int32_t tokens, SequencePages& s);
 
@@ -73,11 +79,13 @@ class KvCache {
   bool EvictOne();
   bool Allocate(int32_t n, std::vector<int32_t>& out);
   bool BringBack(PrefixTree::Node* node);
+  bool CopyContents(const PrefixTree::Node& node, int32_t page);
   void Forget(PrefixTree::Node* node);
   // Full pages that a sequence may take over: one token at least is left to compute.
   int64_t MostAdoptable(std::span<const int32_t> tokens) const {
     return (static_cast<int64_t>(tokens.size()) - 1) / page_tokens_;
   }
+  int32_t LeastCopied() const { return (page_tokens_ + 3) / 4; }
   std::span<const int32_t> PageOf(std::span<const int32_t> tokens, size_t page) const {
     return tokens.subspan(page * page_tokens_, page_tokens_);
   }
@@ -88,7 +96,8 @@ class KvCache {
   PageAllocator allocator_;
   PrefixTree tree_;
   HostPages host_;
-  KvStatistics counters_;  // the four counts since start
+  std::vector<std::byte> page_copy_;  // on its way from one page to another; empty until then
+  KvStatistics counters_;             // the four counts since start
 };
 
 }  // namespace tandem::attention

@@ -41,6 +41,11 @@ class KvCacheTest : public testing::Test {
     u.computed += gained;
     return gained;
   }
+  int32_t CopyPart(User& u) {
+    const int32_t gained = kv_->CopyPart(u.tokens, u.computed, u.pages);
+    u.computed += gained;
+    return gained;
+  }
   // Writes up to `to` tokens; false if there are no pages.
   bool Compute(User& u, int32_t to) {
     if (!kv_->Reserve(to, u.pages)) return false;
@@ -194,6 +199,80 @@ TEST_F(KvCacheTest, NothingIsTakenOverInTheMiddleOfAPage) {
   CheckContents(a);
 }
 
+// The page that holds the last token of a known prompt is copied; only that token is computed again.
+TEST_F(KvCacheTest, OfAKnownPromptOneTokenIsLeft) {
+  for (const int32_t host : {0, 16}) {
+    Make(16, host);
+    User a = Whole(Count(0, 8));
+    if (host > 0) {  // from the host tier as well
+      kv_->Release(a.pages);
+      User other = Whole(Count(100, 61));
+      EXPECT_EQ(kv_->Statistics().host_used, 2);
+      kv_->Release(other.pages);
+    }
+    User b;
+    b.tokens = Count(0, 8);
+    EXPECT_EQ(Adopt(b), 4);
+    EXPECT_EQ(CopyPart(b), 3);
+    CheckContents(b);
+    if (host == 0) {
+      EXPECT_NE(b.pages.pages[1], a.pages.pages[1]) << "a page that will be written has one owner";
+    }
+    EXPECT_EQ(Adopt(b) + CopyPart(b), 0) << "in the middle of a page";
+    EXPECT_TRUE(Compute(b, 8));
+    CheckContents(b);
+    if (host == 0) {
+      EXPECT_EQ(b.pages.pages[1], a.pages.pages[1]) << "full, it is the known page again";
+      kv_->Release(a.pages);
+    }
+    EXPECT_EQ(kv_->Statistics().used, 2);
+    kv_->Release(b.pages);
+    EXPECT_EQ(kv_->available(), 16);
+  }
+}
+
+TEST_F(KvCacheTest, TheBeginningOfANearPageIsCopied) {
+  Make(16, 0);
+  for (const Tokens& t : {Tokens{1, 2, 3, 4}, Tokens{1, 2, 7, 8}, Tokens{5, 6, 7, 8}}) {
+    User u = Whole(t);
+    kv_->Release(u.pages);
+  }
+  const auto gain = [this](const Tokens& t) {
+    User u;
+    u.tokens = t;
+    const int32_t gained = CopyPart(u);
+    CheckContents(u);
+    kv_->Release(u.pages);
+    return gained;
+  };
+  EXPECT_EQ(gain({1, 2, 7, 9, 9}), 3);
+  EXPECT_EQ(gain({1, 2, 9, 9}), 2);
+  EXPECT_EQ(gain({1, 2, 0}), 2);
+  EXPECT_EQ(gain({5, 6, 7, 8}), 3) << "one token is left to compute";
+  EXPECT_EQ(gain({5}), 0);
+  EXPECT_EQ(gain({9, 2, 3, 4}), 0);
+  EXPECT_EQ(gain({1, 2, 3, 4, 5}), 0) << "a whole page is taken over, not copied";
+  EXPECT_EQ(kv_->Statistics().used, 0);
+}
+
+TEST_F(KvCacheTest, NothingIsCopiedWithoutRoomOrAfterAFailure) {
+  Make(3, 0);
+  User a = Whole(Count(0, 8));
+  User other = Whole(Count(100, 2));
+  User b;
+  b.tokens = Count(0, 8);
+  EXPECT_EQ(Adopt(b), 4);
+  EXPECT_EQ(CopyPart(b), 0) << "no page";
+  kv_->Release(other.pages);
+  script_.FailCopies(true);
+  EXPECT_EQ(CopyPart(b), 0);
+  EXPECT_TRUE(Compute(b, 8));
+  CheckContents(b);
+  kv_->Release(a.pages);
+  kv_->Release(b.pages);
+  EXPECT_EQ(kv_->Statistics().used, 0);
+}
+
 // Random use against what must always hold: contents, no page with two owners, and no page lost.
 class RandomUse : public KvCacheTest, public testing::WithParamInterface<int> {};
 
@@ -204,7 +283,7 @@ TEST_P(RandomUse, KeepsEveryPageAndEveryContent) {
   std::mt19937 rng(host + 1);
   auto below = [&rng](int n) { return static_cast<int>(rng() % n); };
   std::vector<std::unique_ptr<User>> users;
-  int64_t adopted = 0;
+  int64_t adopted = 0, copied = 0;
   for (int step = 0; step < 20000; ++step) {
     script_.FailCopies(below(20) == 0);
     const int what = below(10);
@@ -215,10 +294,12 @@ TEST_P(RandomUse, KeepsEveryPageAndEveryContent) {
       const int n = 2 + below(40);
       for (int i = 0; i < n; ++i) u->tokens.push_back(family * 100 + (below(30) == 0 ? 50 + below(2) : i));
       adopted += Adopt(*u);
+      if (below(2) == 0) copied += CopyPart(*u);
       users.push_back(std::move(u));
     } else if (what < 8 && !users.empty()) {
       User& u = *users[below(static_cast<int>(users.size()))];
       if (below(2) == 0) adopted += Adopt(u);
+      if (below(2) == 0) copied += CopyPart(u);
       const int32_t left = static_cast<int32_t>(u.tokens.size()) - u.computed;
       if (left > 0 && below(8) == 0) {
         kv_->Reserve(u.computed + 1 + below(left), u.pages);  // a step that fails
@@ -258,6 +339,7 @@ TEST_P(RandomUse, KeepsEveryPageAndEveryContent) {
     ASSERT_LE(now.host_used, host);
   }
   EXPECT_GT(adopted, 1000);
+  EXPECT_GT(copied, 100);
   EXPECT_GT(kv_->Statistics().evicted, 100u);
   if (host > 0) {
     EXPECT_GT(kv_->Statistics().host_returned, 100u);

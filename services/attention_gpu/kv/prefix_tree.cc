@@ -1,5 +1,8 @@
 #include "services/attention_gpu/kv/prefix_tree.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "common/base/check.h"
 
 namespace tandem::attention {
@@ -26,6 +29,20 @@ PrefixTree::~PrefixTree() {
 PrefixTree::Node* PrefixTree::Find(const Node* parent, std::span<const int32_t> tokens) const {
   const auto it = parent->children.find(Key(tokens));
   return it != parent->children.end() ? it->second : nullptr;
+}
+
+PrefixTree::Nearest PrefixTree::FindNearest(const Node* parent, std::span<const int32_t> tokens) const {
+  Nearest best;
+  const auto consider = [&](Node* node) {
+    const auto end = std::mismatch(tokens.begin(), tokens.end(), node->tokens.begin(), node->tokens.end());
+    const auto in_common = static_cast<int32_t>(end.first - tokens.begin());
+    if (in_common > best.in_common) best = {node, in_common};
+  };
+  // In the order of tokens, the nearest stands beside the place where `tokens` would stand.
+  const auto after = parent->children.lower_bound(Key(tokens));
+  if (after != parent->children.end()) consider(after->second);
+  if (after != parent->children.begin()) consider(std::prev(after)->second);
+  return best;
 }
 
 PrefixTree::Node* PrefixTree::Add(Node* parent, std::span<const int32_t> tokens, int32_t page) {

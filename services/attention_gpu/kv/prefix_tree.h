@@ -1,6 +1,6 @@
 // Which full pages of tokens the KV cache holds, and where. An edge is one page of tokens, a node is that
-// page after all pages above it, so that equal beginnings of sequences share their nodes. Tokens are
-// compared, never hashes alone.
+// page after all pages above it, so that equal beginnings of sequences share their nodes. Children are kept
+// in the order of their tokens, so that the nearest one to any tokens is found as well as the equal one.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
+#include "absl/container/btree_map.h"
 #include "absl/types/span.h"
 
 namespace tandem::attention {
@@ -30,7 +30,7 @@ class PrefixTree {
     friend class PrefixTree;
     Node* parent = nullptr;
     std::vector<int32_t> tokens;  // [page_tokens]; the key in the parent's map points here
-    absl::flat_hash_map<absl::Span<const int32_t>, Node*> children;
+    absl::btree_map<absl::Span<const int32_t>, Node*> children;
     int32_t children_on_device = 0;
     uint64_t tick = 0;  // when its last reference went; 0 while it has one
   };
@@ -46,6 +46,12 @@ class PrefixTree {
 
   // The page `tokens` after `parent`, or nullptr.
   Node* Find(const Node* parent, std::span<const int32_t> tokens) const;
+  struct Nearest {
+    Node* node = nullptr;   // nullptr: nothing in common with any
+    int32_t in_common = 0;  // tokens at the beginning
+  };
+  // The page after `parent` that begins most like `tokens`, which may be less than a page.
+  Nearest FindNearest(const Node* parent, std::span<const int32_t> tokens) const;
   // A new page on the device, referenced once. `parent` is on the device and does not have it yet.
   Node* Add(Node* parent, std::span<const int32_t> tokens, int32_t page);
 

@@ -1,5 +1,8 @@
 #include "services/attention_gpu/kv/prefix_tree.h"
 
+#include <algorithm>
+#include <vector>
+
 #include <gtest/gtest.h>
 
 namespace tandem::attention {
@@ -15,6 +18,34 @@ TEST(PrefixTree, FindsWhatWasAddedWhereItWasAdded) {
   EXPECT_EQ(tree.Find(a, Tokens{1, 2}), b);
   EXPECT_EQ(tree.Find(b, Tokens{1, 2}), nullptr);
   EXPECT_EQ(tree.Find(tree.root(), Tokens{2, 1}), nullptr);
+}
+
+TEST(PrefixTree, FindsTheNearest) {
+  PrefixTree tree;
+  EXPECT_EQ(tree.FindNearest(tree.root(), Tokens{1}).node, nullptr);
+  std::vector<Tokens> pages;
+  std::vector<PrefixTree::Node*> nodes;
+  for (int32_t i = 0; i < 200; ++i) {
+    const int32_t bits = i * 7919 % 729;  // distinct numbers of six digits to base 3
+    pages.push_back({bits / 243, bits / 81 % 3, bits / 27 % 3, bits / 9 % 3, bits / 3 % 3, bits % 3});
+    nodes.push_back(tree.Add(tree.root(), pages.back(), i));
+  }
+  const auto in_common = [](const Tokens& a, const Tokens& b) {
+    int32_t n = 0;
+    while (n < static_cast<int32_t>(std::min(a.size(), b.size())) && a[n] == b[n]) ++n;
+    return n;
+  };
+  for (int32_t i = 0; i < 729; ++i) {
+    Tokens asked = {i / 243, i / 81 % 3, i / 27 % 3, i / 9 % 3, i / 3 % 3, i % 3};
+    asked.resize(1 + i % 6);
+    int32_t want = 0;
+    for (const Tokens& p : pages) want = std::max(want, in_common(p, asked));
+    const PrefixTree::Nearest got = tree.FindNearest(tree.root(), asked);
+    ASSERT_EQ(got.in_common, want) << i;
+    if (want == 0) continue;
+    const auto at = std::find(nodes.begin(), nodes.end(), got.node) - nodes.begin();
+    ASSERT_EQ(in_common(pages[at], asked), want) << i;
+  }
 }
 
 TEST(PrefixTree, TheLeastRecentlyUsedGoesFirstAndLeavesBeforeParents) {

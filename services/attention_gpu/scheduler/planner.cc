@@ -10,6 +10,7 @@ namespace tandem::attention {
 
 Planner::Planner(const SchedulerOptions& options, Backend& backend, HostPages host)
     : options_(options),
+      backend_(backend),
       max_step_tokens_(backend.max_step_tokens()),
       kv_(backend, options.prefix_cache, std::move(host)),
       pacer_(options.max_decode_slowdown, options.mixed_chunk_size, options.max_batch_size) {}
@@ -114,9 +115,13 @@ void Planner::Admit() {
 }
 
 // Takes over pages that others have computed, at the admission and at every page's end after it: a neighbour
-// may be ahead.
+// may be ahead. Then the beginning of a page, unless a neighbour is about to know the whole.
 void Planner::Adopt(Sequence& s) {
-  const int32_t gained = kv_.Adopt(s.tokens, s.computed, s.kv);
+  Gain(s, kv_.Adopt(s.tokens, s.computed, s.kv));
+  if (!WaitsForNeighbour(s)) Gain(s, kv_.CopyPart(s.tokens, s.computed, s.kv));
+}
+
+void Planner::Gain(Sequence& s, int32_t gained) {
   if (gained == 0) return;
   hit_tokens_ += gained;
   s.computed += gained;
@@ -129,7 +134,7 @@ bool Planner::WaitsForNeighbour(const Sequence& s) const {
   if (!options_.prefix_cache) return false;
   const int32_t page = kv_.page_tokens();
   const auto begin = static_cast<int32_t>(s.kv.shared.size()) * page;
-  if (s.computed != begin || s.remaining() <= page) return false;
+  if (s.computed != begin || s.remaining() < page) return false;
   for (const auto& other : running_) {
     if (other->number >= s.number) return false;
     if (other->decoding() || other->kv.shared.size() != s.kv.shared.size() ||
@@ -146,8 +151,21 @@ bool Planner::WaitsForNeighbour(const Sequence& s) const {
 }
 
 int32_t Planner::PromptBudget(int32_t decoding) {
-  const int32_t chunk = decoding > 0 ? pacer_.Chunk(decoding) : options_.chunk_size;
+  int32_t chunk = decoding > 0 ? pacer_.Chunk(decoding) : options_.chunk_size;
+  // A step of many tokens takes long: not while somebody waits for his next one.
+  if (decoding == 0 && LongPrompts()) chunk = max_step_tokens_;
   return std::min(chunk, max_step_tokens_ - decoding);
+}
+
+// What prompts there are to compute is worth a large step.
+bool Planner::LongPrompts() const {
+  const int32_t least = backend_.long_prompt_tokens();
+  if (least <= 0) return false;
+  int64_t tokens = 0;
+  for (const auto& s : running_) {
+    if (!s->decoding() && !WaitsForNeighbour(*s)) tokens += s->remaining();
+  }
+  return tokens >= least;
 }
 
 // Gives prompt tokens to the running sequences that do not decode.

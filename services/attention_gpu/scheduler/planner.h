@@ -51,14 +51,17 @@ class Planner {
  private:
   void Admit();
   void Adopt(Sequence& s);
+  void Gain(Sequence& s, int32_t gained);
   bool WaitsForNeighbour(const Sequence& s) const;
   int32_t PromptBudget(int32_t decoding);
+  bool LongPrompts() const;
   void ShareOut(int32_t budget, std::vector<int32_t>& counts) const;
   bool Reserve(Sequence& s, int32_t tokens);
   bool PreemptLaterThan(uint64_t number);
   static void Add(Sequence& s, int32_t count, Plan& plan);
 
   const SchedulerOptions options_;
+  const Backend& backend_;
   const int32_t max_step_tokens_;
   KvCache kv_;
   Pacer pacer_;

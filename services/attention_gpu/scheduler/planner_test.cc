@@ -77,6 +77,32 @@ TEST_F(PlannerTest, OnePromptAloneGetsTheWholeBudget) {
   EXPECT_EQ(Step(), (Counts{{1, 1}}));
 }
 
+TEST_F(PlannerTest, LongPromptsGetTheLargestSteps) {
+  Make(256);
+  backend_->long_prompt = 40;
+  Enqueue(120);
+  EXPECT_EQ(Step(), (Counts{{1, 64}}));
+  EXPECT_EQ(Step(), (Counts{{1, 56}}));
+  EXPECT_EQ(Step(), (Counts{{1, 1}}));
+  // Not beside one that decodes.
+  Enqueue(120);
+  EXPECT_EQ(Step(), (Counts{{1, 1}, {2, 8}}));
+  planner_->Remove(1);
+  EXPECT_EQ(Step(), (Counts{{2, 64}}));
+  EXPECT_EQ(Step(), (Counts{{2, 48}}));
+  planner_->Remove(2);
+  // It is the step that counts, not a prompt of it; what is left below that goes in chunks.
+  Enqueue(35);
+  Enqueue(30);
+  EXPECT_EQ(Step(), (Counts{{3, 34}, {4, 30}}));
+  EXPECT_EQ(Step(), (Counts{{3, 1}, {4, 1}}));
+  planner_->Remove(3);
+  planner_->Remove(4);
+  Enqueue(39);
+  EXPECT_EQ(Step(), (Counts{{5, 32}}));
+  EXPECT_EQ(Step(), (Counts{{5, 7}}));
+}
+
 TEST_F(PlannerTest, WhoseTurnItIsWaitsForRoomAndNobodyPassesHim) {
   Make(64);  // 256 tokens
   Enqueue(150);
@@ -136,6 +162,16 @@ TEST_F(PlannerTest, EqualPromptsWaitForTheFirst) {
   EXPECT_EQ(Step(), (Counts{{1, 9}}));
   EXPECT_EQ(Step(), (Counts{{1, 1}, {2, 1}}));
   EXPECT_EQ(all_[2]->cached, 40);
+}
+
+TEST_F(PlannerTest, EqualPromptsOfWholePagesWaitForTheFirst) {
+  Make(256);
+  Enqueue(40, 0);
+  Enqueue(40, 0);
+  EXPECT_EQ(Step(), (Counts{{1, 32}}));
+  EXPECT_EQ(Step(), (Counts{{1, 8}}));
+  EXPECT_EQ(Step(), (Counts{{1, 1}, {2, 1}}));
+  EXPECT_EQ(all_[2]->cached, 39);
 }
 
 TEST_F(PlannerTest, WhatIsAlikeAtTheBeginningIsComputedOnce) {

@@ -316,10 +316,11 @@ TEST(Scheduler, WhatWasComputedIsFoundAgain) {
   ASSERT_TRUE(s->Submit(resumed, third.callback()).ok());
   third.Wait();
   EXPECT_EQ(third.tokens(), std::vector<int32_t>(rest.begin() + 4, rest.end()));
-  EXPECT_EQ(third.statistics().cached_prompt_tokens, 52);
+  EXPECT_EQ(third.statistics().cached_prompt_tokens, 53)
+      << "and of a page that is known all but its last token";
   const SchedulerSnapshot now = s->Snapshot();
   EXPECT_EQ(now.query_tokens, 30u + 50u + 54u);
-  EXPECT_EQ(now.hit_tokens, 48u + 52u);
+  EXPECT_EQ(now.hit_tokens, 48u + 53u);
 }
 
 // Several answers to one prompt, asked for at the same time: its full pages are computed once.
@@ -335,6 +336,26 @@ TEST(Scheduler, EqualPromptsAtTheSameTimeAreComputedOnce) {
     EXPECT_EQ(sink.tokens(), HashAnswer(Prompt(101, 1), 1));
   }
   EXPECT_EQ(script.tokens(), 101 + 5);
+}
+
+// A prompt that ends with a page: its last page is not computed again either, later or at the same time.
+TEST(Scheduler, OfAKnownPromptOneTokenIsComputed) {
+  HashScript script;
+  const auto s = Make(Options(), 128, script);
+  script.Hold();
+  std::vector<Sink> sinks(4);
+  for (auto& sink : sinks) ASSERT_TRUE(s->Submit(Request(Prompt(64, 1), 1), sink.callback()).ok());
+  script.Go();
+  for (auto& sink : sinks) {
+    sink.Wait();
+    EXPECT_EQ(sink.tokens(), HashAnswer(Prompt(64, 1), 1));
+  }
+  EXPECT_EQ(script.tokens(), 64 + 3);
+  Sink later;
+  ASSERT_TRUE(s->Submit(Request(Prompt(64, 1), 1), later.callback()).ok());
+  later.Wait();
+  EXPECT_EQ(later.statistics().cached_prompt_tokens, 63);
+  EXPECT_EQ(script.tokens(), 64 + 4);
 }
 
 TEST(Scheduler, WithoutThePrefixCacheNothingIsKept) {

@@ -1,5 +1,6 @@
 #include "services/attention_gpu/service/choose_gpu.h"
 
+#include <algorithm>
 #include <charconv>
 
 #include "absl/strings/str_cat.h"
@@ -10,7 +11,7 @@ namespace tandem::attention {
 
 absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, const gguf::File& file,
                                                             const model::ModelConfig& c,
-                                                            CudaBackendOptions wanted) {
+                                                            CudaBackendOptions wanted, int32_t most_pages) {
   if (o.gpu == "none") return std::nullopt;
   const bool automatic = o.gpu == "auto";
   if (!automatic) {
@@ -27,7 +28,11 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
         absl::StrCat("--gpu ", o.gpu, ": --precision reference is the CPU backend's alone"));
   }
   wanted.vram_limit = static_cast<uint64_t>(o.vram_gb * 1e9);
-  const absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
+  absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
+  if (plan.ok()) {
+    wanted.page_count = PagesThatFit(*plan, wanted.page_count, most_pages);
+    plan = PlanCuda(file, c, wanted);
+  }
   if (plan.ok()) {
     spdlog::info("GPU {}: {}", wanted.device, plan->ToString());
     return wanted;
@@ -35,6 +40,13 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   if (!automatic) return Annotate(plan.status(), absl::StrCat("--gpu ", o.gpu));
   spdlog::info("no GPU is used: {}", std::string(plan.status().message()));
   return std::nullopt;
+}
+
+int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most) {
+  if (plan.total() >= plan.available || plan.cache == 0 || least <= 0) return least;
+  const uint64_t page = (plan.cache + least - 1) / least;
+  const uint64_t more = (plan.available - plan.total()) / 10 * 9 / page;
+  return static_cast<int32_t>(std::max<uint64_t>(least, std::min<uint64_t>(most, least + more)));
 }
 
 }  // namespace tandem::attention

@@ -12,10 +12,14 @@
 namespace tandem::attention {
 
 // What the CUDA backend is to be made with, or nothing for the CPU backend. `wanted` has all but the device
-// and the limit, which come from --gpu and --vram-gb. With --gpu auto, whatever keeps a GPU from being used
+// and the limit, which come from --gpu and --vram-gb; its pages are the least that will do, and become up to
+// `most_pages` where there is room. With --gpu auto, whatever keeps a GPU from being used
 // is said on the log; with --gpu N it is an error. InvalidArgument names a flag.
 absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& options, const gguf::File& file,
                                                             const model::ModelConfig& config,
-                                                            CudaBackendOptions wanted);
+                                                            CudaBackendOptions wanted, int32_t most_pages);
+
+// How many pages, from `least` (of which `plan` is) to `most`, fit with a tenth of what is left to spare.
+int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most);
 
 }  // namespace tandem::attention

@@ -13,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "common/base/status_macros.h"
 #include "common/kernels/kernels.h"
+#include "common/model/cache_sizes.h"
 #include "common/model/config.h"
 #include "common/model/tensors.h"
 #include "common/shm/flag.h"
@@ -33,8 +34,6 @@ namespace tandem::attention {
 namespace {
 
 constexpr int32_t kPageTokens = 32;
-constexpr int64_t kDefaultContext = 8192;
-constexpr int64_t kDefaultKvBytes = int64_t{2} << 30;
 
 std::string RandomId() {
   std::random_device r;
@@ -47,54 +46,80 @@ std::string MetadataOf(const gguf::File& file) {
   return writer.SerializeMetadata();
 }
 
+double Gigabytes(uint64_t bytes) { return static_cast<double>(bytes) / 1e9; }
+
 struct Sizes {
-  int32_t context = 0;
-  int32_t pages = 0;
-  uint64_t kv_bytes = 0;
+  int32_t context = 0;    // tokens of a sequence
+  int32_t pages = 0;      // of the cache in host memory
+  int32_t gpu_least = 0;  // of the cache on a GPU: from
+  int32_t gpu_most = 0;   // to, by what memory is left there
 };
 
 absl::StatusOr<Sizes> ChooseSizes(const Options& o, const model::ModelConfig& c) {
-  Sizes s;
-  const int64_t context = o.ctx > 0 ? o.ctx : std::min(c.max_position_embeddings, kDefaultContext);
+  const int64_t context = o.ctx > 0 ? o.ctx : model::DefaultContext(c);
   if (context > c.max_position_embeddings) {
     return absl::InvalidArgumentError(
         absl::StrCat("--ctx ", context, ": the model's context is ", c.max_position_embeddings, " tokens"));
   }
   if (context < 2) return absl::InvalidArgumentError("--ctx must be 2 at least");
-  const int64_t token_bytes = c.latent_dim() * c.num_hidden_layers * static_cast<int64_t>(sizeof(float));
-  int64_t tokens = o.kv_tokens;
-  if (tokens == 0) {
-    tokens = std::max(context, std::min(context * o.max_batch_size, kDefaultKvBytes / token_bytes));
-  } else if (tokens < context) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--kv-tokens ", tokens, " is less than one sequence of --ctx ", context, " tokens"));
+  if (o.kv_tokens > 0 && o.kv_tokens < context) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--kv-tokens ", o.kv_tokens, " is less than one sequence of --ctx ", context, " tokens"));
   }
-  s.context = static_cast<int32_t>(context);
-  s.pages = static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens);
-  s.kv_bytes = static_cast<uint64_t>(int64_t{s.pages} * kPageTokens * token_bytes);
-  spdlog::info("KV cache: {} tokens in pages of {}, {:.1f} MB; context {} tokens",
-               int64_t{s.pages} * kPageTokens, kPageTokens, static_cast<double>(s.kv_bytes) / 1e6, s.context);
-  return s;
+  const auto pages = [&o](int64_t by_default) {
+    const int64_t tokens = o.kv_tokens > 0 ? o.kv_tokens : by_default;
+    return static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens);
+  };
+  return Sizes{.context = static_cast<int32_t>(context),
+               .pages = pages(model::DefaultCacheTokens(c, context, o.max_batch_size)),
+               .gpu_least = pages(context),
+               .gpu_most = pages(context * o.max_batch_size)};
+}
+
+// What the KV cache and the weights take of host memory.
+struct HostNeeds {
+  uint64_t weights = 0;  // of all but the routed experts
+  uint64_t cache = 0;
+  uint64_t total() const { return weights + cache; }
+};
+
+HostNeeds HostNeedsOf(const gguf::File& file, const model::ModelConfig& c, int32_t pages) {
+  HostNeeds needs;
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    if (!model::IsRoutedExpertTensor(tensor.name)) needs.weights += tensor.nbytes;
+  }
+  needs.cache =
+      static_cast<uint64_t>(int64_t{pages} * kPageTokens * model::CacheBytesPerToken(c, sizeof(float)));
+  return needs;
 }
 
 // The cache is taken page by page as it is used and the weights are mapped: without a look beforehand, the
 // end would come in the midst of a request.
-absl::Status CheckMemory(const gguf::File& file, const Sizes& sizes, double kv_host_gb) {
-  uint64_t weights = 0;
-  for (const gguf::Tensor& tensor : file.tensors()) {
-    if (!model::IsRoutedExpertTensor(tensor.name)) weights += tensor.nbytes;
-  }
+absl::Status CheckMemory(const gguf::File& file, const HostNeeds& needs, double kv_host_gb) {
   const topology::MemoryInfo memory = topology::ReadMemoryInfo();
-  const auto host_tier = static_cast<uint64_t>(kv_host_gb * 1e9);
-  const uint64_t needed = weights + sizes.kv_bytes + host_tier;
+  const auto host_tier = static_cast<uint64_t>(std::max(0.0, kv_host_gb) * 1e9);
+  const uint64_t needed = needs.total() + host_tier;
   if (memory.total_bytes == 0 || needed <= memory.UsableBytes()) return absl::OkStatus();
-  const auto gb = [](uint64_t bytes) { return absl::StrFormat("%.2f GB", static_cast<double>(bytes) / 1e9); };
+  const auto gb = [](uint64_t bytes) { return absl::StrFormat("%.2f GB", Gigabytes(bytes)); };
   return absl::ResourceExhaustedError(
       absl::StrCat(file.paths().front(), ": not enough memory: ", gb(needed), " are needed (KV cache ",
-                   gb(sizes.kv_bytes), ", --kv-host-gb ", gb(host_tier), ", weights without routed experts ",
-                   gb(weights), "), ", gb(memory.UsableBytes()),
+                   gb(needs.cache), ", --kv-host-gb ", gb(host_tier), ", weights without routed experts ",
+                   gb(needs.weights), "), ", gb(memory.UsableBytes()),
                    " are available: a smaller --kv-tokens, --ctx or --max-batch-size needs less, "
                    "--memory-check=false tries all the same"));
+}
+
+// Bytes of the host tier. To be asked when the experts have their memory: what is left then is nobody's.
+int64_t ChooseHostTier(const Options& o, const HostNeeds& needs) {
+  if (o.kv_host_gb >= 0) return static_cast<int64_t>(o.kv_host_gb * 1e9);
+  if (!o.prefix_cache) return 0;
+  const uint64_t usable = topology::ReadMemoryInfo().UsableBytes();
+  const uint64_t left = usable > needs.total() ? usable - needs.total() : 0;
+  const uint64_t bytes = model::DefaultHostTierBytes(left);
+  spdlog::info(
+      "host tier of the KV cache: {:.1f} GB, of {:.1f} GB that are left (--kv-host-gb says otherwise)",
+      Gigabytes(bytes), Gigabytes(left));
+  return static_cast<int64_t>(bytes);
 }
 
 int32_t MaxStepTokens(const Options& o) {
@@ -131,16 +156,21 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                c.num_experts_per_tok, c.n_group, c.topk_group, c.expert_groups_source);
   // What is wrong with the file is said now, not after the experts have been waited for.
   TANDEM_RETURN_IF_ERROR(model::BindTensors(*out.file, c).status());
-  TANDEM_ASSIGN_OR_RETURN(Sizes sizes, ChooseSizes(o, c));
+  TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
   TANDEM_ASSIGN_OR_RETURN(const threading::ThreadPool::Options threads, ChooseThreads(o));
   CudaBackendOptions on_gpu;
   on_gpu.threads = threads;
   on_gpu.page_tokens = kPageTokens;
-  on_gpu.page_count = sizes.pages;
+  on_gpu.page_count = sizes.gpu_least;
   on_gpu.max_step_tokens = MaxStepTokens(o);
-  TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu, ChooseGpu(o, *out.file, c, on_gpu));
-  if (gpu) sizes.kv_bytes = 0;  // of host memory
-  if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, sizes, o.kv_host_gb));
+  TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu,
+                          ChooseGpu(o, *out.file, c, on_gpu, sizes.gpu_most));
+  const int32_t pages = gpu ? gpu->page_count : sizes.pages;
+  const HostNeeds needs = HostNeedsOf(*out.file, c, gpu ? 0 : pages);
+  spdlog::info("KV cache: {} tokens in pages of {}, {}; context {} tokens", int64_t{pages} * kPageTokens,
+               kPageTokens, gpu ? "on the GPU" : absl::StrFormat("%.1f MB", Gigabytes(needs.cache) * 1e3),
+               sizes.context);
+  if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, needs, o.kv_host_gb));
 
   const bool reference = o.precision == "reference";
   std::unique_ptr<ExpertGroup> experts;
@@ -178,7 +208,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     b.precision = reference ? kernels::Precision::kReference : kernels::Precision::kFast;
     b.threads = threads;
     b.page_tokens = kPageTokens;
-    b.page_count = sizes.pages;
+    b.page_count = pages;
     b.max_step_tokens = MaxStepTokens(o);
     TANDEM_ASSIGN_OR_RETURN(backend, CreateCpuBackend(*out.file, c, b, std::move(experts)));
   }
@@ -193,7 +223,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   s.expert_patience = absl::Seconds(o.expert_patience);
   s.max_decode_slowdown = o.max_decode_slowdown;
   s.prefix_cache = o.prefix_cache;
-  s.kv_host_bytes = static_cast<int64_t>(o.kv_host_gb * 1e9);
+  s.kv_host_bytes = ChooseHostTier(o, needs);
   s.vocab_size = c.vocab_size;
   TANDEM_ASSIGN_OR_RETURN(out.scheduler, Scheduler::Create(s, std::move(backend)));
 

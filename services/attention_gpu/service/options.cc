@@ -46,7 +46,8 @@ ParsedOptions ParseOptions(int argc, char** argv) {
       ->check(CLI::Range(0, 4096));
   app.add_option("--ctx", o.ctx, "tokens a sequence may have; 0: the model's, at most 8192")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 24));
-  app.add_option("--kv-tokens", o.kv_tokens, "tokens of KV cache for all sequences together; 0: by --ctx")
+  app.add_option("--kv-tokens", o.kv_tokens, 
+                 "tokens of KV cache for all sequences together; 0: by --ctx, --max-batch-size and memory")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
   app.add_option("--memory-check", o.memory_check,
                  "refuse weights and a KV cache that do not fit into the memory that is available")
@@ -73,10 +74,11 @@ ParsedOptions ParseOptions(int argc, char** argv) {
                  "keep computed pages for prompts that begin alike: on or off")
       ->transform(CLI::CheckedTransformer(std::map<std::string, bool>{{"on", true}, {"off", false}}))
       ->default_str("on");
-  app.add_option("--kv-host-gb", o.kv_host_gb,
-                 "10^9 bytes of host memory for pages that the prefix cache has to give up")
-      ->check(CLI::Range(0.0, 1e6))
-      ->capture_default_str();
+  app.add_option(
+         "--kv-host-gb", o.kv_host_gb,
+         "10^9 bytes of host memory for pages that the prefix cache has to give up; default: a quarter "
+         "of what is left, at most 8")
+      ->check(CLI::Range(0.0, 1e6));
   app.add_option("--expert-patience", o.expert_patience, "seconds to wait for lost experts")
       ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--expert-timeout", o.expert_timeout, "seconds one expert call may take")

@@ -24,7 +24,7 @@ struct Options {
   std::string cpus;          // list such as 0-7,16; empty: not pinned
   int threads = 0;           // 0: one per allowed CPU
   int64_t ctx = 0;           // 0: the model's context, at most 8192
-  int64_t kv_tokens = 0;     // 0: chosen from ctx and max_batch_size
+  int64_t kv_tokens = 0;     // 0: chosen from ctx, max_batch_size and memory
   int32_t max_batch_size = 16;
   int32_t max_waiting = 256;
   int64_t max_unread_tokens = 4096;
@@ -33,7 +33,7 @@ struct Options {
   bool memory_check = true;  // refuse what does not fit into the memory that is available
   double max_decode_slowdown = 2;
   bool prefix_cache = true;
-  double kv_host_gb = 0;
+  double kv_host_gb = -1;         // below 0: by the memory that is left
   double expert_patience = 60;    // seconds
   double expert_timeout = 60;     // seconds
   double attach_patience = 3600;  // seconds
