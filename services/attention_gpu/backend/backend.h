@@ -46,6 +46,9 @@ struct StepResult {
   std::vector<RoutingTrace> routing;  // if want_logits
 };
 
+// InvalidArgument if the step has more tokens than a backend takes.
+absl::Status CheckStepTokens(const StepBatch& batch, int32_t max_step_tokens);
+
 // Not thread-safe: one caller, the scheduler's thread.
 class Backend {
  public:
@@ -55,6 +58,9 @@ class Backend {
   virtual int32_t page_tokens() const = 0;
   virtual int32_t page_count() const = 0;  // pages of the KV cache, ids [0, page_count)
   virtual int32_t max_step_tokens() const = 0;
+  // So many prompt tokens are better computed in one step, up to max_step_tokens, than in chunks; 0: never.
+  // May change with RecoverExperts.
+  virtual int32_t long_prompt_tokens() const { return 0; }
 
   // Runs the batch: writes the tokens' cache entries and fills `result`. On error nothing that an earlier
   // step wrote is changed, and the same step may be asked for again: positions already written are written

@@ -114,6 +114,8 @@ class HashBackend : public Backend {
   int32_t page_tokens() const override { return kHashPageTokens; }
   int32_t page_count() const override { return static_cast<int32_t>(cache_.size()) / kHashPageTokens; }
   int32_t max_step_tokens() const override { return kHashStepTokens; }
+  int32_t long_prompt_tokens() const override { return long_prompt; }
+  int32_t long_prompt = 0;
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
     absl::Status status = script_.OnStep(batch);
