@@ -2,18 +2,12 @@
 #include "services/expert_cpu/service.h"
 
 #include <gmock/gmock.h>
-#include <grpcpp/grpcpp.h>
-#include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <thread>
 
 #include "absl/time/clock.h"
-#include "common/rpc/channel.h"
-#include "common/rpc/server.h"
-#include "services/expert_cpu/testing/synthetic_model.h"
-#include "tandem/v1/experts.grpc.pb.h"
+#include "services/expert_cpu/testing/served_shard.h"
 
 namespace tandem::expert {
 namespace {
@@ -23,8 +17,6 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using testing::RandomFloats;
 using testing::RandomIds;
-using testing::SyntheticModel;
-using testing::SyntheticShape;
 
 constexpr auto kInvalid = static_cast<uint32_t>(absl::StatusCode::kInvalidArgument);
 constexpr auto kNotFound = static_cast<uint32_t>(absl::StatusCode::kNotFound);
@@ -34,27 +26,11 @@ std::string Packed(const std::vector<T>& v) {
   return {reinterpret_cast<const char*>(v.data()), v.size() * sizeof(T)};
 }
 
-class ServiceTest : public ::testing::Test {
+class ServiceTest : public testing::ServedShard {
  protected:
-  ServiceTest() : model_(SyntheticShape{}) {
-    rpc::ServerOptions options;
-    options.listen = {"unix:/tmp/tandem_service_" + std::to_string(getpid()) + ".sock"};
-    auto server = rpc::Server::Start(options, {service_.service()});
-    EXPECT_TRUE(server.ok()) << server.status();
-    server_ = std::move(*server);
-    channel_ = *rpc::Connect(server_->addresses()[0]);
-    stub_ = v1::Experts::NewStub(channel_);
-  }
+  ServiceTest() : ServedShard("service", {.numa_node = 1, .threads = 2}) { Serve(); }
 
-  void MakeReady() {
-    auto shard = Shard::Load(model_.path(), {});
-    ASSERT_TRUE(shard.ok()) << shard.status();
-    shard_ = std::move(*shard);
-    Moe::Options options;
-    options.max_tokens = 64;
-    moe_ = std::make_unique<Moe>(*shard_, pool_, options);
-    service_.SetReady(*shard_, *moe_, 1e9);
-  }
+  void MakeReady() { Load(/*max_tokens=*/64, /*read_ceiling=*/1e9); }
 
   v1::ForwardRequest Request(uint64_t sequence, int64_t n) const {
     v1::ForwardRequest request;
@@ -92,21 +68,6 @@ class ServiceTest : public ::testing::Test {
     context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
     return stub_->Describe(&context, {}, &out);
   }
-
-  SyntheticModel model_;
-  telemetry::Metrics metrics_{"expert"};
-  LoadProgress progress_;
-  ExpertsService service_{metrics_, progress_, {.numa_node = 1, .threads = 2}};
-  threading::ThreadPool pool_{[] {
-    threading::ThreadPool::Options options;
-    options.threads = 2;
-    return options;
-  }()};
-  std::unique_ptr<Shard> shard_;
-  std::unique_ptr<Moe> moe_;
-  std::unique_ptr<rpc::Server> server_;
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<v1::Experts::Stub> stub_;
 };
 
 TEST_F(ServiceTest, TellsTheProgressWhileLoading) {

@@ -174,6 +174,32 @@ TEST(Scheduling, WithThePrefixCache) {
   EXPECT_EQ(engine.Now().kv.evicted, 0u);
 }
 
+// A prompt of whole pages, asked again and by several at once: all but the last token is known, the last page
+// as a copy.
+TEST(Scheduling, WithACopyOfTheLastPage) {
+  const SequenceRequest request = Request(Piece(0, 4 * kPageTokens), 40);
+  // Shares two pages and a half.
+  SequenceRequest near = Request(Piece(0, 80), 40);
+  const Tokens rest = Piece(700, 60);
+  near.prompt.insert(near.prompt.end(), rest.begin(), rest.end());
+  std::vector<Answer> alone;
+  {
+    Engine engine({.prefix_cache = false});
+    alone = {engine.Run(request), engine.Run(near)};
+  }
+  Engine engine({});
+  EXPECT_TRUE(Same(engine.Run(request), alone[0]));
+  EXPECT_TRUE(Same(engine.Run(request), alone[0]));
+  EXPECT_EQ(engine.cached(), 4 * kPageTokens - 1);
+  EXPECT_TRUE(Same(engine.Run(near), alone[1]));
+  EXPECT_EQ(engine.cached(), 80);
+  Engine fresh({});
+  for (const Answer& answer : fresh.Run({request, request, request, request})) {
+    EXPECT_TRUE(Same(answer, alone[0]));
+  }
+  EXPECT_EQ(fresh.cached(), 3 * (4 * kPageTokens - 1));
+}
+
 // Short prompts with long answers: all find room at first, and then have to make way for each other.
 TEST(Scheduling, AfterPreemption) {
   std::vector<SequenceRequest> requests;

@@ -1,23 +1,14 @@
 #include "cli/bench/serve/idle_crowd.h"
 
-#include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <boost/asio/write.hpp>
-#include <boost/beast/core/flat_buffer.hpp>
-#include <boost/beast/core/tcp_stream.hpp>
-#include <boost/beast/http.hpp>
 #include <optional>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "cli/bench/serve/beast.h"
+#include "common/base/status_macros.h"
 
 namespace tandem::cli {
-
-namespace asio = boost::asio;
-namespace beast = boost::beast;
-namespace http = beast::http;
-using asio::ip::tcp;
-using boost::system::error_code;
 
 namespace {
 
@@ -167,10 +158,7 @@ absl::StatusOr<std::unique_ptr<IdleCrowd>> IdleCrowd::Start(asio::io_context& io
                                                             int64_t count, std::chrono::milliseconds every,
                                                             std::function<void()> on_open) {
   auto state = std::make_shared<State>(io);
-  error_code error;
-  tcp::resolver resolver(io);
-  state->addresses = resolver.resolve(url.host, url.port, error);
-  if (error) return absl::UnavailableError(absl::StrCat(url.ToString(), ": ", error.message()));
+  TANDEM_ASSIGN_OR_RETURN(state->addresses, Resolve(io, url));
   state->wire =
       absl::StrCat("GET ", url.path, "/health HTTP/1.1\r\nHost: ", url.host, ":", url.port, "\r\n\r\n");
   state->every = every;

@@ -1,22 +1,13 @@
 #include "cli/bench/serve/load_client.h"
 
-#include <boost/asio/ip/tcp.hpp>
-#include <boost/asio/write.hpp>
-#include <boost/beast/core/flat_buffer.hpp>
-#include <boost/beast/core/tcp_stream.hpp>
-#include <boost/beast/http.hpp>
 #include <limits>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
+#include "cli/bench/serve/beast.h"
+#include "common/base/status_macros.h"
 
 namespace tandem::cli {
-
-namespace asio = boost::asio;
-namespace beast = boost::beast;
-namespace http = beast::http;
-using asio::ip::tcp;
-using boost::system::error_code;
 
 // Beast 1.74 takes "none" for zero where an answer has a Content-Length.
 constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
@@ -161,10 +152,7 @@ LoadClient::~LoadClient() {
 
 absl::StatusOr<std::unique_ptr<LoadClient>> LoadClient::Create(asio::io_context& io, const Options& options) {
   auto state = std::make_shared<State>(io, options);
-  error_code error;
-  tcp::resolver resolver(io);
-  state->addresses = resolver.resolve(options.url.host, options.url.port, error);
-  if (error) return absl::UnavailableError(absl::StrCat(options.url.ToString(), ": ", error.message()));
+  TANDEM_ASSIGN_OR_RETURN(state->addresses, Resolve(io, options.url));
   return std::unique_ptr<LoadClient>(new LoadClient(std::move(state)));
 }
 

@@ -157,49 +157,47 @@ std::string LoadTable(const LoadFigures& f, const LoadResults& results, const Se
 std::string LoadJson(const LoadFigures& f, const LoadResults& results, const ServeLoadOptions& options,
                      const std::string& machine) {
   const auto begin = [&](const std::string& what) {
-    Json line;
-    line["bench"] = "serve";
-    line["machine"] = machine;
-    line["shape"] = LoadName(options);
-    line["url"] = options.url;
-    line["what"] = what;
-    return line;
+    return Json{{"bench", "serve"},
+                {"machine", machine},
+                {"shape", LoadName(options)},
+                {"url", options.url},
+                {"what", what}};
   };
   Json summary = begin("summary");
-  summary["requests"] = f.requests;
-  summary["good"] = f.good;
-  summary["failures"] = f.failures;
-  summary["interrupted"] = results.interrupted;
-  summary["most_under_way"] = results.most_under_way;
-  summary["connections"] = results.connections;
-  summary["tokens"] = f.prompt_tokens + f.output_tokens;
-  summary["prompt_tokens"] = f.prompt_tokens;
-  summary["output_tokens"] = f.output_tokens;
-  summary["seconds"] = f.seconds;
-  summary["requests_per_second"] = f.requests_rate;
-  summary["prompt_tokens_per_second"] = f.prompt_rate;
-  summary["tokens_per_second"] = f.output_rate;
+  summary.update({{"requests", f.requests},
+                  {"good", f.good},
+                  {"failures", f.failures},
+                  {"interrupted", results.interrupted},
+                  {"most_under_way", results.most_under_way},
+                  {"connections", results.connections},
+                  {"tokens", f.prompt_tokens + f.output_tokens},
+                  {"prompt_tokens", f.prompt_tokens},
+                  {"output_tokens", f.output_tokens},
+                  {"seconds", f.seconds},
+                  {"requests_per_second", f.requests_rate},
+                  {"prompt_tokens_per_second", f.prompt_rate},
+                  {"tokens_per_second", f.output_rate}});
   if (HasLimits(options)) {
-    summary["slo_ttft_ms"] = options.slo_ttft_ms;
-    summary["slo_itl_ms"] = options.slo_itl_ms;
-    summary["goodput_requests_per_second"] = f.goodput;
-    summary["goodput_ratio"] = Share(f.within_limits, f.requests);
+    summary.update({{"slo_ttft_ms", options.slo_ttft_ms},
+                    {"slo_itl_ms", options.slo_itl_ms},
+                    {"goodput_requests_per_second", f.goodput},
+                    {"goodput_ratio", Share(f.within_limits, f.requests)}});
   }
-  summary["cached_tokens"] = f.cached_tokens;
-  summary["ideal_cached_tokens"] = f.ideal_tokens;
-  summary["page_tokens"] = options.page_tokens;
+  summary.update({{"cached_tokens", f.cached_tokens},
+                  {"ideal_cached_tokens", f.ideal_tokens},
+                  {"page_tokens", options.page_tokens}});
   if (options.verify > 0) {
-    summary["repeated"] = results.verify.repeated;
-    summary["repeated_differing"] = results.verify.repeated_differing;
-    summary["asked_again"] = results.verify.again;
-    summary["asked_again_differing"] = results.verify.again_differing;
+    summary.update({{"repeated", results.verify.repeated},
+                    {"repeated_differing", results.verify.repeated_differing},
+                    {"asked_again", results.verify.again},
+                    {"asked_again_differing", results.verify.again_differing}});
   }
   if (options.idle_connections > 0) {
-    summary["idle_wanted"] = results.idle.wanted;
-    summary["idle_open"] = results.idle.open;
-    summary["idle_refused"] = results.idle.refused;
-    summary["idle_dropped"] = results.idle.dropped;
-    summary["idle_requests"] = results.idle.requests;
+    summary.update({{"idle_wanted", results.idle.wanted},
+                    {"idle_open", results.idle.open},
+                    {"idle_refused", results.idle.refused},
+                    {"idle_dropped", results.idle.dropped},
+                    {"idle_requests", results.idle.requests}});
   }
   std::string out = Line(summary);
   const auto add = [&](const char* what, const Latencies& l) {

@@ -1,50 +1,28 @@
 // Attach as a client may use it that keeps to no rule: bad openings, regions filled with anything.
 #include <gmock/gmock.h>
-#include <grpcpp/grpcpp.h>
-#include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <random>
 
 #include "absl/time/clock.h"
-#include "common/rpc/channel.h"
-#include "common/rpc/server.h"
 #include "common/shm/call_client.h"
 #include "common/shm/handover.h"
-#include "services/expert_cpu/service.h"
-#include "services/expert_cpu/testing/synthetic_model.h"
-#include "tandem/v1/experts.grpc.pb.h"
+#include "services/expert_cpu/testing/served_shard.h"
 
 namespace tandem::expert {
 namespace {
 
 using ::testing::HasSubstr;
-using testing::SyntheticModel;
-using testing::SyntheticShape;
 
-class RingTest : public ::testing::Test {
+class RingTest : public testing::ServedShard {
  protected:
-  RingTest() : model_(SyntheticShape{}) {
-    auto shard = Shard::Load(model_.path(), {});
-    EXPECT_TRUE(shard.ok()) << shard.status();
-    shard_ = std::move(*shard);
-    Moe::Options options;
-    options.max_tokens = 8;
-    moe_ = std::make_unique<Moe>(*shard_, pool_, options);
-    service_.SetReady(*shard_, *moe_, 0);
-    const std::string address = "unix:/tmp/tandem_ring_test_" + std::to_string(getpid()) + ".sock";
+  RingTest() : ServedShard("ring_test", {}) {
+    Load(/*max_tokens=*/8, /*read_ceiling=*/0);
     RingOptions ring;
-    ring.socket_path = RingSocketPath(address);
+    ring.socket_path = RingSocketPath(address_);
     ring.lease = absl::Milliseconds(400);
     EXPECT_TRUE(service_.EnableRing(ring).ok());
-    rpc::ServerOptions server_options;
-    server_options.listen = {address};
-    auto server = rpc::Server::Start(server_options, {service_.service()});
-    EXPECT_TRUE(server.ok()) << server.status();
-    server_ = std::move(*server);
-    channel_ = *rpc::Connect(server_->addresses()[0]);
-    stub_ = v1::Experts::NewStub(channel_);
+    Serve();
   }
 
   static v1::AttachRequest Open(uint32_t max_tokens, uint32_t pairs, uint32_t slots) {
@@ -84,21 +62,6 @@ class RingTest : public ::testing::Test {
     EXPECT_TRUE(shm::CallClient::CheckHeader(s->memory.data(), s->layout, s->id).ok());
     return s;
   }
-
-  SyntheticModel model_;
-  telemetry::Metrics metrics_{"expert"};
-  LoadProgress progress_;
-  threading::ThreadPool pool_{[] {
-    threading::ThreadPool::Options options;
-    options.threads = 2;
-    return options;
-  }()};
-  std::unique_ptr<Shard> shard_;
-  std::unique_ptr<Moe> moe_;
-  ExpertsService service_{metrics_, progress_, {}};
-  std::unique_ptr<rpc::Server> server_;
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<v1::Experts::Stub> stub_;
 };
 
 TEST_F(RingTest, RefusesBadOpenings) {

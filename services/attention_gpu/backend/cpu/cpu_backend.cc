@@ -76,12 +76,8 @@ class CpuBackend : public Backend {
   }
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
-    const int64_t n = static_cast<int64_t>(batch.tokens.size());
-    if (n > options_.max_step_tokens) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("a step of ", n, " tokens, the limit is ", options_.max_step_tokens));
-    }
-    n_ = n;
+    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, options_.max_step_tokens));
+    n_ = static_cast<int64_t>(batch.tokens.size());
     *result = StepResult();
     LayOut(batch);
     Embed(batch);
