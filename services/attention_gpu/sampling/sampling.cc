@@ -85,6 +85,9 @@ int32_t Draw(std::span<const float> logits, const SamplingParams& p, uint64_t po
   const size_t limit = p.top_k > 0 ? std::min<size_t>(p.top_k, logits.size()) : logits.size();
   float best = -std::numeric_limits<float>::infinity();
   for (float l : logits) best = std::max(best, l);
+  // No weights can be formed: nothing is possible, or something is infinitely likely.
+  if (std::isinf(best))
+    return static_cast<int32_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
 
   // The total weight is that of the tokens top_k leaves. Candidates are sorted only as far as they are
   // needed: nearly always a few hundred hold all the probability that top_p asks for.
@@ -104,8 +107,10 @@ int32_t Draw(std::span<const float> logits, const SamplingParams& p, uint64_t po
     }
     // top_k, then top_p over what is left, in which case the total is theirs.
     const double total = p.top_k > 0 && wanted == limit ? sum : total_all;
-    const bool enough = wanted == limit || (p.top_k == 0 && (sum >= p.top_p * total_all)) ||
-                        (p.min_p > 0 && w.back() < p.min_p * w[0]);
+    const bool below_min_p = p.min_p > 0 && w.back() < p.min_p * w[0];
+    // What top_p is a share of is known only when all that top_k leaves are here.
+    const bool enough = wanted == limit || (p.top_k == 0 ? sum >= p.top_p * total_all || below_min_p
+                                                         : p.top_p >= 1 && below_min_p);
     if (!enough) {
       wanted = std::min(limit, wanted * 8);
       continue;

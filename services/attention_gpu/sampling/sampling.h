@@ -47,7 +47,8 @@ double UniformAt(uint64_t seed, uint64_t position);
 
 // `logits`: [vocab], overwritten. `position`: of the token to be chosen. `counts`: how often each token was
 // generated in this sequence, for the penalties. Order: bias and penalties, temperature, top_k, top_p, min_p.
-// Ties go to the lower id. Logits that are NaN count as -inf.
+// Ties go to the lower id. Logits that are NaN count as -inf. Where the best logit is infinite, the first of
+// that value is taken.
 SampledToken Sample(std::span<float> logits, const SamplingParams& params, uint64_t position,
                     const std::unordered_map<int32_t, int32_t>& counts);
 

@@ -70,6 +70,31 @@ TEST(Sample, NanCountsAsImpossible) {
   EXPECT_EQ(SampleCopy({nan, nan}, {}).token, 0);
 }
 
+TEST(Sample, WithoutFiniteWeightsTheFirstOfTheBestIsTaken) {
+  const float inf = std::numeric_limits<float>::infinity();
+  SamplingParams p;
+  p.temperature = 1;
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(SampleCopy({-inf, -inf, -inf}, p, i).token, 0);
+    EXPECT_EQ(SampleCopy({1, inf, 2, inf}, p, i).token, 1);
+  }
+}
+
+TEST(Sample, TopPIsAShareOfWhatALargeTopKLeaves) {
+  // 20 likely tokens of equal weight, far above the rest: 0.5 of them are 10, whatever min_p drops of the
+  // rest.
+  std::vector<float> logits(2000, 0.0f);
+  std::fill_n(logits.begin(), 20, 20.0f);
+  SamplingParams p;
+  p.temperature = 1;
+  p.top_k = 1000;
+  p.top_p = 0.499f;
+  p.min_p = 0.1f;
+  const auto share = Shares(logits, p, 2000);
+  for (int i = 0; i < 10; ++i) EXPECT_NEAR(share[i], 0.1, 0.03);
+  EXPECT_EQ(share[10], 0);
+}
+
 TEST(Sample, FollowsTheDistribution) {
   const std::vector<float> logits = {0.5f, 2.0f, -1.0f, 1.0f, 0.0f};
   for (double t : {0.5, 1.0, 2.0}) {
