@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "common/base/status_macros.h"
 #include "common/rpc/channel.h"
+#include "services/expert_cpu/weights_offer.h"
 #include "tandem/v1/experts.grpc.pb.h"
 
 namespace tandem::expert {
@@ -157,16 +158,12 @@ class ExpertsService::Impl final : public v1::Experts::Service {
   }
 
   grpc::Status Attach(grpc::ServerContext* context, RingSessions::Stream* stream) override {
-    RingSessions* rings = nullptr;
-    {
-      const std::lock_guard lock(mutex_);
-      if (moe_ == nullptr || stopping_) return rpc::ToGrpc(NotReady());
-      rings = rings_.get();  // does not change any more
-    }
-    if (rings == nullptr) {
-      return rpc::ToGrpc(absl::FailedPreconditionError("this process has no shared-memory ring"));
-    }
-    return rings->Serve(context, stream);
+    const absl::StatusOr<RingSessions*> rings = Rings();
+    return rings.ok() ? (*rings)->Serve(context, stream) : rpc::ToGrpc(rings.status());
+  }
+
+  grpc::Status Weights(grpc::ServerContext*, const v1::WeightsRequest*, v1::WeightsOffer* out) override {
+    return rpc::ToGrpc(OfferWeights(out));
   }
 
  private:
@@ -179,6 +176,23 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     return absl::UnavailableError(absl::StrFormat(
         "loading: %.0f %% (%.2f of %.2f GB)", 100.0 * static_cast<double>(read) / static_cast<double>(total),
         static_cast<double>(read) / 1e9, static_cast<double>(total) / 1e9));
+  }
+
+  absl::StatusOr<RingSessions*> Rings() {
+    const std::lock_guard lock(mutex_);
+    if (moe_ == nullptr || stopping_) return NotReady();
+    if (rings_ == nullptr) return absl::FailedPreconditionError("this process has no shared-memory ring");
+    return rings_.get();  // does not change any more
+  }
+
+  absl::Status OfferWeights(v1::WeightsOffer* out) {
+    TANDEM_ASSIGN_OR_RETURN(RingSessions * rings, Rings());
+    TANDEM_ASSIGN_OR_RETURN(const shm::FileDescriptor fd, shard_->arena().OpenReadOnly());
+    TANDEM_ASSIGN_OR_RETURN(std::string token, rings->Offer(fd));
+    DescribeWeights(*shard_, out);
+    out->set_socket_path(rings->socket_path());
+    out->set_token(std::move(token));
+    return absl::OkStatus();
   }
 
   absl::Status Open(grpc::ServerContext* context) {

@@ -65,6 +65,13 @@ class LocalExperts : public attention::ExpertGroup {
   }
   absl::Status Recover(absl::Duration) override { return absl::OkStatus(); }
   int processes() const override { return static_cast<int>(moes_.size()); }
+  absl::StatusOr<std::vector<std::shared_ptr<const attention::ShardWeights>>> MapWeights() override {
+    std::vector<std::shared_ptr<const attention::ShardWeights>> out;
+    for (const auto& shard : shards_) {
+      out.push_back(std::make_shared<attention::ShardWeights>(WeightsOf(*shard)));
+    }
+    return out;
+  }
 
  private:
   static threading::ThreadPool::Options PoolOptions(int threads) {
@@ -79,7 +86,40 @@ class LocalExperts : public attention::ExpertGroup {
   std::vector<double> sum_;
 };
 
+attention::WeightStack Stack(const expert::ExpertStack& from, const uint8_t* arena, const std::byte* memory) {
+  attention::WeightStack to;
+  to.type = from.type;
+  to.data = memory + (from.data - arena);
+  to.expert_bytes = from.expert_bytes;
+  to.rows = from.rows;
+  to.cols = from.cols;
+  to.row_bytes = from.row_bytes;
+  return to;
+}
+
 }  // namespace
+
+attention::ShardWeights WeightsOf(const expert::Shard& shard, std::span<const std::byte> memory) {
+  const expert::ShardPlan& plan = shard.plan();
+  attention::ShardWeights out;
+  out.memory = memory;
+  out.expert_begin = plan.expert_begin;
+  out.expert_end = plan.expert_end;
+  out.row_begin = plan.row_begin;
+  out.row_end = plan.row_end;
+  for (const int64_t block : plan.layers) {
+    const expert::ShardLayer* layer = shard.FindLayer(block);
+    if (layer == nullptr) continue;
+    out.layers.push_back({block, Stack(layer->gate, shard.memory(), memory.data()),
+                          Stack(layer->up, shard.memory(), memory.data()),
+                          Stack(layer->down, shard.memory(), memory.data())});
+  }
+  return out;
+}
+
+attention::ShardWeights WeightsOf(const expert::Shard& shard) {
+  return WeightsOf(shard, {reinterpret_cast<const std::byte*>(shard.memory()), shard.resident_bytes()});
+}
 
 absl::StatusOr<std::unique_ptr<attention::ExpertGroup>> MakeLocalExperts(
     const std::string& model_path, const std::vector<expert::ShardRequest>& shards,

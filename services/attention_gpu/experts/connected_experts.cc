@@ -14,6 +14,7 @@
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/expert_link.h"
 #include "services/attention_gpu/experts/shard_cover.h"
+#include "services/attention_gpu/experts/weights_map.h"
 #include "tandem/v1/experts.grpc.pb.h"
 
 namespace tandem::attention {
@@ -98,6 +99,18 @@ class ConnectedExperts final : public ExpertGroup {
   }
 
   int processes() const override { return static_cast<int>(processes_.size()); }
+
+  absl::StatusOr<std::vector<std::shared_ptr<const ShardWeights>>> MapWeights() override {
+    std::vector<std::shared_ptr<const ShardWeights>> out;
+    for (const Process& p : processes_) {
+      auto map = OnThisHost(p.address) ? WeightsMap::Open(p.channel, config_, fingerprint_, absl::Seconds(10))
+                                       : absl::FailedPreconditionError("it is on another host");
+      if (!map.ok()) return Annotate(map.status(), absl::StrCat("expert process ", p.address));
+      const std::shared_ptr<const WeightsMap> owner(std::move(*map));
+      out.emplace_back(owner, &owner->weights());
+    }
+    return out;
+  }
 
  private:
   absl::Status Open(absl::Time deadline) {

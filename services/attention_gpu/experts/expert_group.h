@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "common/model/config.h"
 #include "common/rpc/server.h"
+#include "services/attention_gpu/experts/shard_weights.h"
 
 namespace tandem::attention {
 
@@ -38,6 +39,13 @@ class ExpertGroup {
   virtual absl::Status Finish(float* out) = 0;
   virtual absl::Status Recover(absl::Duration patience) = 0;
   virtual int processes() const = 0;
+
+  // The weights of every process, mapped for reading. Whoever holds them when a process is lost must let go
+  // of them before Recover, since the new process has its own: the old ones' memory would be taken beside it.
+  // Any error: they cannot be had, and why.
+  virtual absl::StatusOr<std::vector<std::shared_ptr<const ShardWeights>>> MapWeights() {
+    return absl::UnimplementedError("the weights of these experts cannot be mapped");
+  }
 };
 
 // How calls go to a process.

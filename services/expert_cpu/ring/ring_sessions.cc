@@ -9,6 +9,7 @@
 #include <cctype>
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <random>
 #include <set>
@@ -30,6 +31,7 @@ namespace {
 
 constexpr size_t kMostSessions = 16;
 constexpr uint32_t kMostSlots = 8;
+constexpr size_t kMostOffers = 16;  // beside those of sessions
 
 int64_t NowMilliseconds() {
   return std::chrono::duration_cast<std::chrono::milliseconds>(
@@ -96,6 +98,7 @@ struct RingSessions::Impl {
   std::mutex mutex;
   bool stopping = false;
   std::set<Session*> sessions;
+  std::deque<std::string> offers;  // tokens, the oldest first
 };
 
 // From the first message on. Lives on the handler's stack.
@@ -252,6 +255,19 @@ grpc::Status RingSessions::Serve(grpc::ServerContext* context, Stream* stream) {
   if (impl_->stopping) status = absl::UnavailableError("the expert process is stopping");
   return rpc::ToGrpc(status);
 }
+
+absl::StatusOr<std::string> RingSessions::Offer(const shm::FileDescriptor& fd) {
+  TANDEM_ASSIGN_OR_RETURN(std::string token, impl_->handover->Offer(fd));
+  const std::lock_guard lock(impl_->mutex);
+  impl_->offers.push_back(token);
+  if (impl_->offers.size() > kMostOffers) {
+    impl_->handover->Withdraw(impl_->offers.front());
+    impl_->offers.pop_front();
+  }
+  return token;
+}
+
+const std::string& RingSessions::socket_path() const { return impl_->handover->path(); }
 
 void RingSessions::Stop() {
   const std::lock_guard lock(impl_->mutex);

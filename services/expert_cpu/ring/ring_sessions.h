@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/shm/flag.h"
+#include "common/shm/memory.h"
 #include "services/expert_cpu/moe/moe.h"
 
 namespace grpc {
@@ -55,6 +56,11 @@ class RingSessions {
 
   // The handler of Attach: returns when the session is over and its region unmapped.
   grpc::Status Serve(grpc::ServerContext* context, Stream* stream);
+
+  // Offers another descriptor at the same socket. Of those that nobody has come for the latest few are kept.
+  absl::StatusOr<std::string> Offer(const shm::FileDescriptor& fd);
+  const std::string& socket_path() const;
+
   // Idle sessions end at once, busy ones after the answer that is being made; new ones are refused.
   void Stop();
 

@@ -1,5 +1,6 @@
 #include "services/expert_cpu/shard/arena.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -15,6 +16,11 @@ namespace tandem::expert {
 namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
+#ifdef F_SEAL_FUTURE_WRITE
+constexpr int kNoNewWriters = F_SEAL_FUTURE_WRITE;
+#else
+constexpr int kNoNewWriters = 0x10;
+#endif
 
 absl::Status NoMemory(uint64_t bytes, int error) {
   return absl::ResourceExhaustedError(
@@ -102,6 +108,25 @@ std::string Arena::Description() const {
   }
   const std::string thp = topology::ReadHugePages().thp;
   return thp == "always" || thp == "madvise" ? "transparent huge pages, private" : "4 KB pages, private";
+}
+
+absl::StatusOr<shm::FileDescriptor> Arena::OpenReadOnly() const {
+  if (fd_ < 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the weights lie in ", Description(),
+                     " memory, which no other process can map: reserve huge pages (vm.nr_hugepages), set "
+                     "/sys/kernel/mm/transparent_hugepage/shmem_enabled to advise, or say --arena shared"));
+  }
+  constexpr int kSameSize = F_SEAL_SHRINK | F_SEAL_GROW;
+  // This process's own mapping stays writable: a full F_SEAL_WRITE is not to be had beside it.
+  if (fcntl(fd_, F_ADD_SEALS, kSameSize | kNoNewWriters) != 0 && fcntl(fd_, F_ADD_SEALS, kSameSize) != 0) {
+    return absl::InternalError(absl::StrCat("sealing the weights' memory: ", std::strerror(errno)));
+  }
+  // Opened anew rather than duplicated: a duplicate would carry the right to write.
+  const std::string path = absl::StrCat("/proc/self/fd/", fd_);
+  shm::FileDescriptor out(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!out.valid()) return absl::InternalError(absl::StrCat(path, ": ", std::strerror(errno)));
+  return out;
 }
 
 Arena::~Arena() {

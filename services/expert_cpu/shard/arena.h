@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/shm/memory.h"
 
 namespace tandem::expert {
 
@@ -32,6 +33,11 @@ class Arena {
   ArenaKind kind() const { return kind_; }  // never kAuto
   int fd() const { return fd_; }            // of the memfd, -1 for kAnonymous; weights begin at offset 0
   std::string Description() const;          // "reserved huge pages, shared"
+
+  // A descriptor of the memfd that can only be read from, for another process. From the first one on the file
+  // keeps its size and, where the kernel has that seal (Linux 5.1), nobody can map it for writing any more.
+  // FailedPrecondition: the memory is private; the message says how to get another kind.
+  absl::StatusOr<shm::FileDescriptor> OpenReadOnly() const;
 
  private:
   static absl::StatusOr<Arena> Shared(uint64_t bytes, uint64_t rounded, ArenaKind kind);

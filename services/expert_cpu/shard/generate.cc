@@ -36,7 +36,7 @@ class ShardGenerator {
 
   static absl::Status Fill(const GenerateOptions& options, uint64_t bytes, Shard& shard,
                            threading::ThreadPool& pool) {
-    TANDEM_ASSIGN_OR_RETURN(shard.arena_, Arena::Allocate(bytes));
+    TANDEM_ASSIGN_OR_RETURN(shard.arena_, Arena::Allocate(bytes, options.arena));
     uint64_t offset = 0, number = 0;
     const int64_t experts = shard.plan_.experts();
     for (const int64_t block : shard.plan_.layers) {

@@ -26,6 +26,7 @@ struct GenerateOptions {
   model::ModelConfig config;           // its sizes; layers beyond first_k_dense_replace are MoE layers
   std::vector<GeneratedLayer> layers;  // of each MoE layer
   ShardRequest request;
+  ArenaKind arena = ArenaKind::kAuto;
   // Fills `blocks` (of one expert's gate, up or down) with weights of the type; `number` is another one at
   // each call. Called from all threads of the pool.
   std::function<void(gguf::TensorType type, uint64_t number, std::span<uint8_t> blocks)> fill;

@@ -1,0 +1,32 @@
+// How the step asks for the routed experts of a layer, whoever computes them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+
+namespace tandem::attention::cuda {
+
+// One MoE layer of a step. Device memory, written by what is on the stream before.
+struct RoutedCall {
+  int64_t layer = 0;               // block number
+  int64_t index = 0;               // of the MoE layers, from 0
+  int64_t n = 0;                   // tokens
+  const float* normed = nullptr;   // [n, hidden] activations
+  const int32_t* ids = nullptr;    // [n, k]
+  const float* weights = nullptr;  // [n, k]
+  float* x = nullptr;              // [n, hidden]
+};
+
+// Ask, other work of the layer, then Add; all on one stream.
+class RoutedExperts {
+ public:
+  virtual ~RoutedExperts() = default;
+  virtual absl::Status Ask(const RoutedCall& call, cudaStream_t stream) = 0;
+  // x += the experts' weighted sum.
+  virtual absl::Status Add(const RoutedCall& call, cudaStream_t stream) = 0;
+};
+
+}  // namespace tandem::attention::cuda

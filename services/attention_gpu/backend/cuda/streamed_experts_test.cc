@@ -1,0 +1,364 @@
+// Streamed experts against expert_cpu's own computation in reference precision.
+#include "services/attention_gpu/backend/cuda/streamed_experts.h"
+
+#include <gmock/gmock.h>
+
+#include <array>
+#include <cmath>
+#include <numeric>
+
+#include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+#include "services/expert_cpu/moe/moe.h"
+#include "services/expert_cpu/testing/synthetic_model.h"
+#include "tests/golden/local_experts.h"
+
+namespace tandem::attention::cuda {
+namespace {
+
+using expert::testing::RandomFloats;
+using expert::testing::RandomIds;
+using expert::testing::SyntheticModel;
+using expert::testing::SyntheticShape;
+using gguf::TensorType;
+using testing::Check;
+using testing::DeviceArray;
+using ::testing::HasSubstr;
+
+// Largest distance of a token's sum from the reference, as a share of the reference's norm. Weights and
+// activations are rounded to float16 (2^-11 each) in two products one after the other.
+constexpr double kTolerance = 2e-3;
+
+struct Tokens {
+  int64_t n, k;
+  std::vector<float> normed, weights, x;
+  std::vector<int32_t> ids;
+};
+
+Tokens MakeTokens(const SyntheticShape& shape, int64_t n, uint64_t seed) {
+  Tokens t;
+  t.n = n;
+  t.k = shape.experts_per_token;
+  t.normed = RandomFloats(n * shape.hidden, seed);
+  t.weights = RandomFloats(n * t.k, seed + 1);
+  t.x = RandomFloats(n * shape.hidden, seed + 2);
+  t.ids = RandomIds(n, t.k, shape.experts, seed + 3);
+  return t;
+}
+
+// A model, its shards, and what they compute on the CPU.
+class Model {
+ public:
+  explicit Model(const SyntheticShape& shape, const std::vector<expert::ShardRequest>& requests = {{}})
+      : file_(shape) {
+    for (const expert::ShardRequest& request : requests) {
+      expert::LoadOptions load;
+      load.request = request;
+      load.arena = expert::ArenaKind::kSharedSmall;
+      auto shard = expert::Shard::Load(file_.path(), load);
+      EXPECT_TRUE(shard.ok()) << shard.status();
+      shards_.push_back(std::move(*shard));
+      weights_.push_back(std::make_shared<ShardWeights>(golden::WeightsOf(*shards_.back())));
+    }
+    const auto opened = gguf::File::Open(file_.path());
+    config_ = *model::ReadModelConfig(**opened, "off");
+  }
+
+  const SyntheticShape& shape() const { return file_.shape(); }
+  const model::ModelConfig& config() const { return config_; }
+
+  absl::StatusOr<std::unique_ptr<StreamedExperts>> Stream(const StreamOptions& options) const {
+    return StreamedExperts::Create(weights_, config_, options);
+  }
+  // Room for `groups` groups of two experts.
+  StreamOptions Options(int64_t max_tokens, uint64_t buffer_bytes = 8 << 20) const {
+    StreamOptions o;
+    o.max_tokens = max_tokens;
+    o.buffer_bytes = buffer_bytes;
+    return o;
+  }
+
+  // x + the experts' sum, in double.
+  std::vector<double> Reference(int64_t layer, const Tokens& t) const {
+    threading::ThreadPool::Options threads;
+    threads.threads = 2;
+    threading::ThreadPool pool(threads);
+    std::vector<double> out(t.x.begin(), t.x.end()), answer(t.x.size());
+    auto bytes = [](const auto& v) {
+      return std::span(reinterpret_cast<const uint8_t*>(v.data()), v.size() * sizeof v[0]);
+    };
+    for (const auto& shard : shards_) {
+      expert::Moe::Options options;
+      options.precision = kernels::Precision::kReference;
+      expert::Moe moe(*shard, pool, options);
+      expert::Call call;
+      call.layer = layer;
+      call.n_tokens = t.n;
+      call.experts_per_token = t.k;
+      call.expert_ids = bytes(t.ids);
+      call.expert_weights = bytes(t.weights);
+      call.activations = bytes(t.normed);
+      call.answer_type = expert::AnswerType::kF64;
+      const auto done =
+          moe.Forward(call, {reinterpret_cast<uint8_t*>(answer.data()), answer.size() * sizeof(double)});
+      EXPECT_TRUE(done.ok()) << done.status();
+      for (size_t i = 0; i < out.size(); ++i) out[i] += answer[i];
+    }
+    return out;
+  }
+
+ private:
+  SyntheticModel file_;
+  std::vector<std::unique_ptr<expert::Shard>> shards_;
+  std::vector<std::shared_ptr<const ShardWeights>> weights_;
+  model::ModelConfig config_;
+};
+
+std::vector<float> StreamLayer(StreamedExperts& experts, const Tokens& t, int64_t layer) {
+  const DeviceArray<float> normed(t.normed), weights(t.weights), x(t.x);
+  const DeviceArray<int32_t> ids(t.ids);
+  cudaStream_t stream;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  RoutedCall call;
+  call.layer = layer;
+  call.n = t.n;
+  call.normed = normed.get();
+  call.ids = ids.get();
+  call.weights = weights.get();
+  call.x = x.get();
+  absl::Status status = experts.Ask(call, stream);
+  if (status.ok()) status = experts.Add(call, stream);
+  EXPECT_TRUE(status.ok()) << status;
+  Check(cudaStreamSynchronize(stream));
+  Check(cudaStreamDestroy(stream));
+  return x.Download();
+}
+
+void ExpectClose(const std::vector<float>& got, const std::vector<double>& want, const Tokens& t) {
+  const auto hidden = static_cast<int64_t>(t.x.size()) / t.n;
+  double worst = 0;
+  for (int64_t i = 0; i < t.n; ++i) {
+    double error = 0, norm = 0;
+    for (int64_t c = i * hidden; c < (i + 1) * hidden; ++c) {
+      const double part = want[c] - t.x[c], e = got[c] - want[c];
+      error += e * e;
+      norm += part * part;
+    }
+    worst = std::max(worst, norm > 0 ? std::sqrt(error / norm) : std::sqrt(error));
+  }
+  EXPECT_LT(worst, kTolerance);
+  std::printf("%lld tokens: %.2e of the norm\n", static_cast<long long>(t.n), worst);
+}
+
+TEST(SortPairsTest, ByExpertThenByToken) {
+  TANDEM_NEEDS_GPU();
+  for (const int64_t n : {1, 5, 33, 1000, 4096}) {
+    for (const int32_t experts : {1, 16, 256}) {
+      const int64_t k = std::min<int64_t>(8, experts);
+      std::vector<int32_t> ids = RandomIds(n, k, experts, static_cast<uint64_t>(n));
+      for (size_t i = 3; i < ids.size(); i += 7) ids[i] = i % 2 == 0 ? -1 : experts;  // no pairs
+      const std::vector<float> weights = RandomFloats(n * k, 5);
+      std::vector<int32_t> counts(static_cast<size_t>(experts)), tokens;
+      std::vector<float> sorted;
+      for (int32_t e = 0; e < experts; ++e) {
+        for (size_t i = 0; i < ids.size(); ++i) {
+          if (ids[i] != e) continue;
+          ++counts[static_cast<size_t>(e)];
+          tokens.push_back(static_cast<int32_t>(i) / static_cast<int32_t>(k));
+          sorted.push_back(weights[i]);
+        }
+      }
+      const DeviceArray<int32_t> d_ids(ids), d_counts(counts.size()), d_tokens(ids.size());
+      const DeviceArray<float> d_weights(weights), d_sorted(ids.size());
+      SortPairsParams p;
+      p.ids = d_ids.get();
+      p.weights = d_weights.get();
+      p.n = n;
+      p.k = static_cast<int32_t>(k);
+      p.experts = experts;
+      p.counts = d_counts.get();
+      p.pair_token = d_tokens.get();
+      p.pair_weight = d_sorted.get();
+      Check(LaunchSortPairs(p, nullptr));
+      EXPECT_EQ(d_counts.Download(), counts);
+      std::vector<int32_t> got = d_tokens.Download();
+      std::vector<float> got_weights = d_sorted.Download();
+      got.resize(tokens.size());
+      got_weights.resize(sorted.size());
+      EXPECT_EQ(got, tokens) << n << " tokens, " << experts << " experts";
+      EXPECT_EQ(got_weights, sorted);
+    }
+  }
+}
+
+TEST(StreamedExpertsTest, TypesAndNumbersOfTokens) {
+  TANDEM_NEEDS_GPU();
+  struct Types {
+    TensorType gate, up, down;
+  };
+  for (const Types& types : {Types{TensorType::kQ4_K, TensorType::kQ4_K, TensorType::kQ6_K},
+                             Types{TensorType::kQ5_K, TensorType::kQ6_K, TensorType::kQ4_K},
+                             Types{TensorType::kQ8_0, TensorType::kQ4_0, TensorType::kQ5_0},
+                             Types{TensorType::kF16, TensorType::kBF16, TensorType::kQ8_0},
+                             Types{TensorType::kQ5_0, TensorType::kQ8_0, TensorType::kBF16}}) {
+    SyntheticShape shape;
+    shape.hidden = 512;
+    shape.inner = 256;
+    shape.experts = 13;
+    shape.experts_per_token = 3;
+    shape.gate = types.gate;
+    shape.up = types.up;
+    shape.down = types.down;
+    const Model model(shape);
+    auto experts = model.Stream(model.Options(300));
+    ASSERT_TRUE(experts.ok()) << experts.status();
+    for (const int64_t n : {1, 7, 65, 300}) {
+      const Tokens t = MakeTokens(shape, n, static_cast<uint64_t>(n));
+      ExpectClose(StreamLayer(**experts, t, 1), model.Reference(1, t), t);
+    }
+  }
+}
+
+// Rows that are no multiple of a tile, and an inner size that is none of 64.
+TEST(StreamedExpertsTest, OddShapes) {
+  TANDEM_NEEDS_GPU();
+  SyntheticShape shape;
+  shape.hidden = 416;
+  shape.inner = 96;
+  shape.experts = 5;
+  shape.gate = shape.up = TensorType::kQ8_0;
+  shape.down = TensorType::kQ5_0;
+  const Model model(shape);
+  auto experts = model.Stream(model.Options(200));
+  ASSERT_TRUE(experts.ok()) << experts.status();
+  const Tokens t = MakeTokens(shape, 200, 1);
+  ExpectClose(StreamLayer(**experts, t, 1), model.Reference(1, t), t);
+}
+
+TEST(StreamedExpertsTest, SlicesAndRangesAddUp) {
+  TANDEM_NEEDS_GPU();
+  SyntheticShape shape;
+  shape.hidden = 256;
+  shape.inner = 768;
+  shape.experts = 11;
+  shape.experts_per_token = 4;
+  using Requests = std::vector<expert::ShardRequest>;
+  for (const Requests& requests :
+       {Requests{{.slice_index = 0, .slice_count = 2}, {.slice_index = 1, .slice_count = 2}},
+        Requests{{.expert_begin = 0, .expert_end = 4}, {.expert_begin = 4, .expert_end = 11}}}) {
+    const Model model(shape, requests);
+    auto experts = model.Stream(model.Options(150));
+    ASSERT_TRUE(experts.ok()) << experts.status();
+    const Tokens t = MakeTokens(shape, 150, 3);
+    ExpectClose(StreamLayer(**experts, t, 1), model.Reference(1, t), t);
+  }
+}
+
+// Some experts idle, some tokens without any, layers in any order, copied ahead or not, straight or through
+// buffers, with much room or little: the same bits.
+TEST(StreamedExpertsTest, NothingButTheNumbersMatters) {
+  TANDEM_NEEDS_GPU();
+  SyntheticShape shape;
+  shape.hidden = 512;
+  shape.inner = 512;
+  shape.experts = 24;
+  shape.experts_per_token = 3;
+  shape.layers = 4;
+  const Model model(shape);
+  std::vector<Tokens> tokens;
+  for (const int64_t n : {1, 90, 40, 256}) {
+    Tokens t = MakeTokens(shape, n, static_cast<uint64_t>(n));
+    for (size_t i = 0; i < t.ids.size(); ++i) {
+      if (n == 40) t.ids[i] = std::array{3, 17, 18}[i % 3];
+      if (n == 90 && t.ids[i] < 8) t.ids[i] = -1;
+    }
+    tokens.push_back(t);
+  }
+  struct Way {
+    const char* what;
+    bool page_lock;
+    uint64_t buffer_bytes;
+    bool ahead;
+  };
+  std::vector<std::vector<float>> want;
+  for (const Way& way : {Way{"straight", true, 4 << 20, false}, Way{"copied ahead", true, 4 << 20, true},
+                         Way{"much room", true, 64 << 20, true}, Way{"buffers", false, 4 << 20, false},
+                         Way{"buffers, ahead", false, 16 << 20, true}}) {
+    SCOPED_TRACE(way.what);
+    StreamOptions options = model.Options(256, way.buffer_bytes);
+    options.copy_ahead = way.ahead;
+    options.copy.page_lock = way.page_lock;
+    options.copy.threads = 3;
+    options.copy.buffer_bytes = 100'000;
+    auto experts = model.Stream(options);
+    ASSERT_TRUE(experts.ok()) << experts.status();
+    std::printf("%s: %s\n", way.what, (*experts)->Description().c_str());
+    EXPECT_LE((*experts)->device_bytes(), StreamedExperts::DeviceBytes(model.config(), options));
+    size_t at = 0;
+    for (int round = 0; round < 3; ++round) {
+      if (round == 2) {
+        ASSERT_TRUE((*experts)->Begin().ok());
+      }
+      for (const Tokens& t : tokens) {
+        // In the first round what was copied ahead is the right layer, in the second a wrong one.
+        const int64_t layer = 1 + static_cast<int64_t>(round == 1 ? 2 - at % 3 : at % 3);
+        const std::vector<float> got = StreamLayer(**experts, t, layer);
+        if (want.size() == at) {
+          ExpectClose(got, model.Reference(layer, t), t);
+          want.push_back(got);
+        }
+        EXPECT_EQ(kernels::testing::Bits(got), kernels::testing::Bits(want[at])) << "call " << at;
+        ++at;
+      }
+      const auto rate = (*experts)->MeasureCopy(1 << 20);
+      ASSERT_TRUE(rate.ok()) << rate.status();
+      EXPECT_GT(*rate, 0);
+    }
+  }
+}
+
+TEST(StreamedExpertsTest, ATokenAloneAndInCompany) {
+  TANDEM_NEEDS_GPU();
+  const SyntheticShape shape;
+  const Model model(shape);
+  auto experts = model.Stream(model.Options(200));
+  ASSERT_TRUE(experts.ok()) << experts.status();
+  const Tokens all = MakeTokens(shape, 200, 9);
+  const std::vector<float> together = StreamLayer(**experts, all, 1);
+  for (const int64_t i : {0, 77, 199}) {
+    auto part = [&](const auto& v, int64_t width) {
+      return std::decay_t<decltype(v)>(v.begin() + i * width, v.begin() + (i + 1) * width);
+    };
+    const Tokens one{1,
+                     all.k,
+                     part(all.normed, shape.hidden),
+                     part(all.weights, all.k),
+                     part(all.x, shape.hidden),
+                     part(all.ids, all.k)};
+    EXPECT_EQ(StreamLayer(**experts, one, 1), part(together, shape.hidden)) << "token " << i;
+  }
+}
+
+TEST(StreamedExpertsTest, SaysWhatItCannotDo) {
+  TANDEM_NEEDS_GPU();
+  SyntheticShape shape;
+  const Model model(shape);
+  const auto small = model.Stream(model.Options(10, 1000));
+  EXPECT_TRUE(absl::IsResourceExhausted(small.status())) << small.status();
+  auto experts = model.Stream(model.Options(10));
+  ASSERT_TRUE(experts.ok()) << experts.status();
+  RoutedCall call;
+  call.layer = 1;
+  call.n = 11;
+  EXPECT_TRUE(absl::IsInvalidArgument((*experts)->Ask(call, nullptr)));
+  call.n = 1;
+  call.layer = 0;
+  EXPECT_TRUE(absl::IsNotFound((*experts)->Add(call, nullptr)));
+  shape.down = TensorType::kQ2_K;
+  const Model other(shape);
+  const absl::Status status = other.Stream(other.Options(10)).status();
+  EXPECT_TRUE(absl::IsUnimplemented(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("layer 1: experts of type Q2_K"));
+}
+
+}  // namespace
+}  // namespace tandem::attention::cuda
