@@ -27,8 +27,8 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$programs" ]; then
   cmake --preset release -DTANDEM_BUILD_TESTS=ON -DTANDEM_BUILD_BENCHMARKS=ON -DTANDEM_CUDA=ON
-  cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test cuda_backend_test \
-    cuda_benchmark
+  cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test \
+    cuda_backend_test cuda_benchmark
   programs=build/release/tests
 fi
 export TANDEM_SOURCE_DIR="$PWD"
@@ -50,7 +50,7 @@ count() {
   echo "== $1: $ok passed, $bad failed"
 }
 
-for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_backend_test; do
+for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_backend_test; do
   status=0
   "$programs/$name" > "$log" 2>&1 || status=$?
   grep -v '^\[ RUN      \]' "$log" || true
@@ -71,9 +71,11 @@ if [ -n "$sanitize" ]; then
   check memcheck cuda_products_test '*ShortRows:*ManyColumnsOfShortRows:*HeadsAndAccumulation:*BrokenInput*'
   check memcheck cuda_vectors_test '*RmsNorm*:*SiluMul*:*CacheEntries*:*Routes*:*Embedding*'
   check memcheck cuda_attention_test '*RowsDoNotSee*:*LargeScores*'
+  check memcheck cuda_sampler_test '*AFewRows*:*BrokenLogits*'
   check racecheck cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
   check racecheck cuda_vectors_test '*CacheEntries*:*Routes*:*RmsNorm*'
   check racecheck cuda_attention_test '*RowsDoNotSee*'
+  check racecheck cuda_sampler_test '*AFewRows*'
 fi
 
 echo "$passed passed, $failed failed"
