@@ -28,7 +28,7 @@ done
 if [ -z "$programs" ]; then
   cmake --preset release -DTANDEM_BUILD_TESTS=ON -DTANDEM_BUILD_BENCHMARKS=ON -DTANDEM_CUDA=ON
   cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test \
-    cuda_backend_test cuda_benchmark
+    cuda_streamed_test cuda_backend_test cuda_benchmark
   programs=build/release/tests
 fi
 export TANDEM_SOURCE_DIR="$PWD"
@@ -50,7 +50,7 @@ count() {
   echo "== $1: $ok passed, $bad failed"
 }
 
-for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_backend_test; do
+for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_streamed_test cuda_backend_test; do
   status=0
   "$programs/$name" > "$log" 2>&1 || status=$?
   grep -v '^\[ RUN      \]' "$log" || true
@@ -72,10 +72,12 @@ if [ -n "$sanitize" ]; then
   check memcheck cuda_vectors_test '*RmsNorm*:*SiluMul*:*CacheEntries*:*Routes*:*Embedding*'
   check memcheck cuda_attention_test '*RowsDoNotSee*:*LargeScores*'
   check memcheck cuda_sampler_test '*AFewRows*:*BrokenLogits*'
+  check memcheck cuda_streamed_test '*OddShapes*:*SlicesAndRanges*'
   check racecheck cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
   check racecheck cuda_vectors_test '*CacheEntries*:*Routes*:*RmsNorm*'
   check racecheck cuda_attention_test '*RowsDoNotSee*'
   check racecheck cuda_sampler_test '*AFewRows*'
+  check racecheck cuda_streamed_test '*OddShapes*'
 fi
 
 echo "$passed passed, $failed failed"

@@ -10,7 +10,9 @@
 #include "common/base/listen.h"
 #include "common/base/status_macros.h"
 #include "common/rpc/channel.h"
+#include "common/shm/call_client.h"
 #include "common/telemetry/log.h"
+#include "services/attention_gpu/experts/device_calls.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/expert_link.h"
 #include "services/attention_gpu/experts/shard_cover.h"
@@ -34,7 +36,7 @@ bool OnThisHost(const std::string& address) {
   return at.ok() && (at->host == "localhost" || at->host == "::1" || absl::StartsWith(at->host, "127."));
 }
 
-class ConnectedExperts final : public ExpertGroup {
+class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
  public:
   ConnectedExperts(const ExpertOptions& options, const model::ModelConfig& config, std::string fingerprint)
       : options_(options), config_(config), fingerprint_(std::move(fingerprint)) {}
@@ -112,7 +114,71 @@ class ConnectedExperts final : public ExpertGroup {
     return out;
   }
 
+  DeviceCalls* device_calls() override {
+    for (const Process& p : processes_) {
+      if (p.link == nullptr || p.link->client() == nullptr) return nullptr;
+    }
+    return processes_.empty() ? nullptr : this;
+  }
+
  private:
+  std::vector<DeviceRing> rings() const override {
+    std::vector<DeviceRing> out;
+    for (const Process& p : processes_) {
+      const shm::CallClient& client = *p.link->client();
+      out.push_back({client.region(), client.layout(), client.session().epoch});
+    }
+    return out;
+  }
+  int64_t max_tokens() const override { return format_.max_tokens; }
+  shm::ValueType input_type() const override { return format_.input_type(); }
+  shm::ValueType output_type() const override { return format_.output_type(); }
+  absl::Duration call_timeout() const override { return options_.call_timeout; }
+
+  absl::StatusOr<std::vector<uint64_t>> BeginRun(uint64_t calls) override {
+    if (!broken_.ok()) return broken_;
+    run_.clear();
+    for (Process& p : processes_) {
+      const absl::StatusOr<uint64_t> first = p.link->client()->BeginRun(calls);
+      if (!first.ok()) {
+        for (Process& q : processes_) {
+          if (&q == &p) break;
+          (void)q.link->client()->EndRun(false, first.status());
+        }
+        return Break(p, first.status());
+      }
+      run_.push_back(*first);
+    }
+    return run_;
+  }
+
+  absl::Status EndRun(bool made_all, const absl::Status& why) override {
+    absl::Status out;
+    for (Process& p : processes_) {
+      const absl::Status end = p.link->client()->EndRun(made_all, why);
+      if (!end.ok() && out.ok()) out = Break(p, end);
+    }
+    return out;
+  }
+
+  uint64_t Progress() const override {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < processes_.size(); ++i) sum += processes_[i].link->client()->LastAnswer(run_[i]);
+    return sum;
+  }
+
+  absl::Status AnswerStatus(uint64_t index) override {
+    for (size_t i = 0; i < processes_.size(); ++i) {
+      const absl::Status s = processes_[i].link->client()->AnswerStatus(run_[i] + index);
+      if (!s.ok()) return Annotate(s, absl::StrCat("expert process ", processes_[i].address));
+    }
+    return absl::OkStatus();
+  }
+
+  void Abort(const absl::Status& why) override {
+    for (Process& p : processes_) p.link->client()->Abort(why);
+  }
+
   absl::Status Open(absl::Time deadline) {
     for (Process& p : processes_) {
       TANDEM_RETURN_IF_ERROR(Annotate(Describe(p, deadline), absl::StrCat("expert process ", p.address)));
@@ -220,6 +286,7 @@ class ConnectedExperts final : public ExpertGroup {
   int32_t n_tokens_ = 0;
   absl::Time deadline_;
   std::vector<double> sum_;
+  std::vector<uint64_t> run_;  // number of the first call of a device's run, for each process
   absl::Status broken_;
 };
 

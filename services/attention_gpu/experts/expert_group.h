@@ -16,6 +16,8 @@
 
 namespace tandem::attention {
 
+class DeviceCalls;
+
 // One MoE layer's call: what goes to the experts.
 struct ExpertCall {
   int32_t layer = 0;  // block number
@@ -46,6 +48,9 @@ class ExpertGroup {
   virtual absl::StatusOr<std::vector<std::shared_ptr<const ShardWeights>>> MapWeights() {
     return absl::UnimplementedError("the weights of these experts cannot be mapped");
   }
+  // For a device that calls by itself; null where some process is not called through shared memory. Good
+  // until Recover.
+  virtual DeviceCalls* device_calls() { return nullptr; }
 };
 
 // How calls go to a process.

@@ -9,10 +9,14 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "common/shm/call_region.h"
 #include "services/attention_gpu/experts/expert_group.h"
 
 namespace grpc {
 class Channel;
+}
+namespace tandem::shm {
+class CallClient;
 }
 
 namespace tandem::attention {
@@ -25,6 +29,10 @@ struct CallFormat {
   bool float_activations = false;  // float32, else bfloat16
   bool exact_answers = false;      // F64 partial sums, else float32
 
+  shm::ValueType input_type() const {
+    return float_activations ? shm::ValueType::kF32 : shm::ValueType::kBf16;
+  }
+  shm::ValueType output_type() const { return exact_answers ? shm::ValueType::kF64 : shm::ValueType::kF32; }
   uint64_t ActivationBytes(int64_t tokens) const {
     return static_cast<uint64_t>(tokens * hidden_size) * (float_activations ? 4 : 2);
   }
@@ -50,6 +58,8 @@ class ExpertLink {
   virtual absl::Status Prepare(const ExpertCall& call) = 0;
   virtual absl::Status Send(absl::Time deadline) = 0;
   virtual absl::StatusOr<LinkAnswer> Await(absl::Time deadline) = 0;
+  // The shared memory's side of it, if it is one.
+  virtual shm::CallClient* client() { return nullptr; }
 };
 
 std::unique_ptr<ExpertLink> OpenGrpcLink(const std::shared_ptr<grpc::Channel>& channel,

@@ -183,9 +183,8 @@ class RingLink final : public ExpertLink {
     TANDEM_ASSIGN_OR_RETURN(
         const shm::OutgoingCall to,
         client_->Prepare(static_cast<uint32_t>(call.layer), static_cast<uint32_t>(call.n_tokens),
-                         static_cast<uint32_t>(call.experts_per_token),
-                         format_.float_activations ? shm::ValueType::kF32 : shm::ValueType::kBf16,
-                         format_.exact_answers ? shm::ValueType::kF64 : shm::ValueType::kF32));
+                         static_cast<uint32_t>(call.experts_per_token), format_.input_type(),
+                         format_.output_type()));
     if (call.n_tokens == 0) return absl::OkStatus();
     std::memcpy(to.ids.data(), call.expert_ids, to.ids.size());
     std::memcpy(to.weights.data(), call.expert_weights, to.weights.size());
@@ -199,6 +198,8 @@ class RingLink final : public ExpertLink {
     TANDEM_ASSIGN_OR_RETURN(const shm::CallAnswer answer, client_->Await(deadline));
     return LinkAnswer{answer.status, answer.output};
   }
+
+  shm::CallClient* client() override { return client_.get(); }
 
  private:
   const CallFormat format_;

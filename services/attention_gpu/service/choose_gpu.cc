@@ -29,6 +29,11 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   }
   wanted.vram_limit = static_cast<uint64_t>(o.vram_gb * 1e9);
   absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
+  if (absl::IsResourceExhausted(plan.status()) && wanted.stream_prefill.mode == StreamPrefill::Mode::kAuto) {
+    wanted.stream_prefill.mode = StreamPrefill::Mode::kOff;
+    plan = PlanCuda(file, c, wanted);
+    if (plan.ok()) spdlog::info("there is no room on the GPU for streaming experts (--stream-prefill)");
+  }
   if (plan.ok()) {
     wanted.page_count = PagesThatFit(*plan, wanted.page_count, most_pages);
     plan = PlanCuda(file, c, wanted);

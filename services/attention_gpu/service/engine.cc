@@ -122,8 +122,12 @@ int64_t ChooseHostTier(const Options& o, const HostNeeds& needs) {
   return static_cast<int64_t>(bytes);
 }
 
-int32_t MaxStepTokens(const Options& o) {
-  return std::max(o.chunk_size, o.mixed_chunk_size + o.max_batch_size);
+// On the CPU the experts' weights are read and decoded for every step: the more tokens share them the better. On
+// a GPU a step's tokens take its memory.
+int32_t ChunkSize(const Options& o, bool gpu) { return o.chunk_size > 0 ? o.chunk_size : gpu ? 256 : 512; }
+
+int32_t MaxStepTokens(const Options& o, bool gpu) {
+  return std::max(ChunkSize(o, gpu), o.mixed_chunk_size + o.max_batch_size);
 }
 
 // Everything from the model file to the scheduler; what must live as long as it serves.
@@ -162,7 +166,15 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   on_gpu.threads = threads;
   on_gpu.page_tokens = kPageTokens;
   on_gpu.page_count = sizes.gpu_least;
-  on_gpu.max_step_tokens = MaxStepTokens(o);
+  on_gpu.max_step_tokens = MaxStepTokens(o, true);
+  TANDEM_ASSIGN_OR_RETURN(on_gpu.stream_prefill, ParseStreamPrefill(o.stream_prefill));
+  // No step has more than a context, unless many sequences share it.
+  on_gpu.stream_step_tokens =
+      static_cast<int32_t>(std::min(int64_t{o.stream_chunk_size}, int64_t{sizes.context} * o.max_batch_size));
+  on_gpu.stream_buffer_bytes = static_cast<uint64_t>(o.stream_buffer_mb) * 1'000'000;
+  on_gpu.max_graph_rows = o.max_batch_size;
+  on_gpu.bell = o.gpu_bell;
+  on_gpu.int8_cache = o.kv_cache_type == "int8";
   TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu,
                           ChooseGpu(o, *out.file, c, on_gpu, sizes.gpu_most));
   const int32_t pages = gpu ? gpu->page_count : sizes.pages;
@@ -174,6 +186,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
 
   const bool reference = o.precision == "reference";
   std::unique_ptr<ExpertGroup> experts;
+  bool experts_share_cpus = false;
   if (c.num_moe_layers() > 0) {
     if (o.experts.empty()) {
       return absl::InvalidArgumentError(
@@ -191,10 +204,14 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     g.transport = o.expert_transport == "ring"   ? ExpertTransport::kRing
                   : o.expert_transport == "grpc" ? ExpertTransport::kGrpc
                                                  : ExpertTransport::kAuto;
-    g.max_call_tokens = MaxStepTokens(o);
+    g.max_call_tokens = MaxStepTokens(o, gpu.has_value());
     const int busy_threads = o.threads > 0 ? o.threads : shm::AllowedCpus();
     g.spin = o.expert_spin_us >= 0 ? absl::Microseconds(o.expert_spin_us)
                                    : shm::WaitPolicy::ForMachine(busy_threads).spin;
+    experts_share_cpus =
+        busy_threads >= shm::AllowedCpus() &&
+        std::all_of(o.experts.begin(), o.experts.end(),
+                    [](const std::string& address) { return address.rfind("unix:", 0) == 0; });
     TANDEM_ASSIGN_OR_RETURN(experts, ConnectExperts(g, c, out.file->Fingerprint()));
     out.info.expert_processes = experts->processes();
   }
@@ -209,7 +226,8 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     b.threads = threads;
     b.page_tokens = kPageTokens;
     b.page_count = pages;
-    b.max_step_tokens = MaxStepTokens(o);
+    b.max_step_tokens = MaxStepTokens(o, false);
+    b.experts_share_cpus = experts_share_cpus;
     TANDEM_ASSIGN_OR_RETURN(backend, CreateCpuBackend(*out.file, c, b, std::move(experts)));
   }
   out.backend = backend->name();
@@ -218,7 +236,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   s.context_length = sizes.context;
   s.max_batch_size = o.max_batch_size;
   s.max_waiting = o.max_waiting;
-  s.chunk_size = o.chunk_size;
+  s.chunk_size = ChunkSize(o, gpu.has_value());
   s.mixed_chunk_size = o.mixed_chunk_size;
   s.expert_patience = absl::Seconds(o.expert_patience);
   s.max_decode_slowdown = o.max_decode_slowdown;

@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 
 #include "common/flags/sources.h"
+#include "services/attention_gpu/experts/stream_break_even.h"
 
 namespace tandem::attention {
 
@@ -41,12 +42,37 @@ ParsedOptions ParseOptions(int argc, char** argv) {
                  "10^9 bytes that may be taken of the GPU's memory; 0: what is free")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
+  app.add_option("--gpu-bell", o.gpu_bell,
+                 "how the GPU calls experts on this host: by stream memory operations, kernels or host "
+                 "functions (stream, kernel, host), auto: the fastest that works; off: the host calls")
+      ->check(CLI::IsMember({"auto", "stream", "kernel", "host", "off"}))
+      ->capture_default_str();
+  app.add_option("--kv-cache-type", o.kv_cache_type,
+                 "values of the GPU's KV cache: bf16, or int8 in half the room")
+      ->check(CLI::IsMember({"bf16", "int8"}))
+      ->capture_default_str();
+  app.add_option(
+         "--stream-prefill", o.stream_prefill,
+         "with a GPU: prompts of so many tokens take the experts' weights to it over PCIe; auto: where "
+         "that is faster, by what start-up measures; off: never")
+      ->check([](const std::string& text) {
+        const auto parsed = ParseStreamPrefill(text);
+        return parsed.ok() ? std::string() : std::string(parsed.status().message());
+      })
+      ->capture_default_str();
+  app.add_option("--stream-chunk-size", o.stream_chunk_size, "prompt tokens of a step that streams")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--stream-buffer-mb", o.stream_buffer_mb,
+                 "10^6 bytes of GPU memory for the experts' weights on their way")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
   app.add_option("--cpus", o.cpus, "pin the threads to these CPUs, such as 0-7,16");
   app.add_option("--threads", o.threads, "compute threads; 0: one per allowed CPU")
       ->check(CLI::Range(0, 4096));
   app.add_option("--ctx", o.ctx, "tokens a sequence may have; 0: the model's, at most 8192")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 24));
-  app.add_option("--kv-tokens", o.kv_tokens, 
+  app.add_option("--kv-tokens", o.kv_tokens,
                  "tokens of KV cache for all sequences together; 0: by --ctx, --max-batch-size and memory")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
   app.add_option("--memory-check", o.memory_check,
@@ -60,7 +86,8 @@ ParsedOptions ParseOptions(int argc, char** argv) {
                  "tokens (with their alternatives) of a stream that may wait for its reader; past that it is "
                  "cancelled")
       ->check(CLI::Range(1, 1 << 30));
-  app.add_option("--chunk-size", o.chunk_size, "prompt tokens of a step")->check(CLI::Range(1, 65536));
+  app.add_option("--chunk-size", o.chunk_size, "prompt tokens of a step; 0: 512 on the CPU, 256 on a GPU")
+      ->check(CLI::Range(0, 65536));
   app.add_option("--mixed-chunk-size", o.mixed_chunk_size,
                  "prompt tokens of a step beside running sequences, at most")
       ->check(CLI::Range(1, 65536));

@@ -20,15 +20,20 @@ struct Options {
   std::string expert_groups = "auto";
   std::string precision = "fast";
   std::string gpu = "auto";  // or none, or a device number
-  double vram_gb = 0;        // 10^9 bytes that may be taken of the GPU's memory; 0: what is free
-  std::string cpus;          // list such as 0-7,16; empty: not pinned
-  int threads = 0;           // 0: one per allowed CPU
-  int64_t ctx = 0;           // 0: the model's context, at most 8192
-  int64_t kv_tokens = 0;     // 0: chosen from ctx, max_batch_size and memory
+  std::string gpu_bell = "auto";
+  std::string kv_cache_type = "bf16";   // of the GPU's KV cache
+  double vram_gb = 0;                   // 10^9 bytes that may be taken of the GPU's memory; 0: what is free
+  std::string stream_prefill = "auto";  // or off, or the least tokens of a prompt
+  int32_t stream_chunk_size = 4096;     // prompt tokens of a step that streams
+  int64_t stream_buffer_mb = 768;       // 10^6 bytes of GPU memory for weights on their way
+  std::string cpus;                     // list such as 0-7,16; empty: not pinned
+  int threads = 0;                      // 0: one per allowed CPU
+  int64_t ctx = 0;                      // 0: the model's context, at most 8192
+  int64_t kv_tokens = 0;                // 0: chosen from ctx, max_batch_size and memory
   int32_t max_batch_size = 16;
   int32_t max_waiting = 256;
   int64_t max_unread_tokens = 4096;
-  int32_t chunk_size = 256;
+  int32_t chunk_size = 0;  // 0: 512 on the CPU, 256 on a GPU
   int32_t mixed_chunk_size = 64;
   bool memory_check = true;  // refuse what does not fit into the memory that is available
   double max_decode_slowdown = 2;

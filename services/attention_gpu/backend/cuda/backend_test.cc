@@ -232,6 +232,54 @@ TEST(CudaBackend, GreedyContinuationsAreTheGoldenOnes) {
   }
 }
 
+// The prompts in one step each, their experts' weights from the arena of the experts in this process.
+TEST(CudaBackend, StreamedPrompts) {
+  TANDEM_NEEDS_GPU();
+  Model m;
+  const auto reference = m.Cpu(kernels::Precision::kReference);
+  EXPECT_EQ(m.Cuda()->long_prompt_tokens(), 0);
+  m.options_.max_step_tokens = 64;
+  m.options_.stream_prefill = {StreamPrefill::Mode::kFrom, 32};
+  m.options_.stream_step_tokens = 4096;
+  m.options_.stream_buffer_bytes = 64 << 20;
+  const auto plan = PlanCuda(*m.file_, m.config_, m.options_);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_GT(plan->stream, m.options_.stream_buffer_bytes);
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  ASSERT_EQ(cuda->long_prompt_tokens(), 32);
+  EXPECT_EQ(cuda->max_step_tokens(), 4096);
+  for (const Prompt& p : Prompts()) {
+    if (p.tokens.size() <= 33) continue;
+    std::vector<int32_t> most = p.tokens;
+    const int32_t last = most.back();
+    most.pop_back();
+    Sequence s(0), want(0);
+    RunStep(*cuda, {{&s, most}}, false);
+    for (size_t at = 0; at < most.size(); at += 192) {
+      RunStep(*reference, {{&want, {most.begin() + at, most.begin() + std::min(at + 192, most.size())}}},
+              false);
+    }
+    Sequence again = s;
+    const Distance d =
+        Compare(RunStep(*cuda, {{&s, {last}}}, true).logits.data(),
+                RunStep(*reference, {{&want, {last}}}, true).logits.data(), m.config_.vocab_size);
+    std::printf("%s: %zu tokens streamed, top-20 log-probabilities differ by %.3f at most, KL %.5f nats\n",
+                p.name.c_str(), most.size(), d.largest, d.kl);
+    EXPECT_LT(d.kl, 0.1);
+    const int32_t first = RunStep(*cuda, {{&again, {last}}}, false).sampled[0].token;
+    EXPECT_EQ(Greedy(*cuda, again, first, p.greedy.size()), p.greedy) << p.name;
+  }
+  // The routing of a streamed step cannot be asked for: such steps are limited as ever.
+  StepBatch batch;
+  batch.want_logits = true;
+  batch.tokens.assign(65, 1);
+  StepResult result;
+  EXPECT_TRUE(absl::IsInvalidArgument(cuda->Step(batch, &result)));
+  EXPECT_TRUE(cuda->RecoverExperts(absl::Seconds(1)).ok());
+  EXPECT_EQ(cuda->long_prompt_tokens(), 32);
+}
+
 TEST(CudaBackend, ATokenHasTheSameBitsInABatchAndAlone) {
   TANDEM_NEEDS_GPU();
   const Model m;

@@ -88,6 +88,7 @@ struct WeightShape {
   const char* name;
   gguf::TensorType type;
   int64_t rows, cols;
+  int64_t batches = 1;
 };
 
 // Random bytes are valid blocks; scales that are not finite cost no more than others.
@@ -101,50 +102,122 @@ std::vector<uint8_t> RandomBytes(int64_t n) {
   return bytes;
 }
 
-void Products(const WeightShape& s, const std::vector<int>& columns) {
+// Matrices of the same activations, types and batches.
+void Products(const std::vector<WeightShape>& shapes, const std::vector<int>& columns) {
+  const WeightShape& s = shapes[0];
   const auto type = static_cast<int32_t>(s.type);
-  const int64_t row_bytes = DeviceRowBytes(type, s.cols), bytes = row_bytes * s.rows;
+  const int64_t row_bytes = DeviceRowBytes(type, s.cols), heads = s.batches;
+  int64_t rows = 0;
+  std::string name = gguf::TypeName(s.type).data();
+  for (const WeightShape& one : shapes) {
+    rows += one.rows;
+    name += " " + (heads > 1 ? std::to_string(heads) + "x" : std::string()) + std::to_string(one.rows) + "x" +
+            std::to_string(one.cols) + " " + one.name;
+  }
+  const int64_t bytes = row_bytes * rows * heads;
   const auto copies = static_cast<int>(std::clamp<int64_t>(kFar / bytes, 1, 64));
   const DeviceArray<uint8_t> weights(RandomBytes(bytes * copies));
   std::mt19937 rng(2);
-  const int most = *std::max_element(columns.begin(), columns.end());
-  const testing::DeviceActivations a(kernels::testing::Gaussian(rng, most * s.cols), most, s.cols, s.cols);
-  const DeviceArray<float> y(most * s.rows);
+  const int64_t most = *std::max_element(columns.begin(), columns.end());
+  const auto x = kernels::testing::Gaussian(rng, most * heads * s.cols);
+  const DeviceArray<float> y(most * rows * heads);
   for (int n : columns) {
-    ProductParams p;
-    p.x = a.get();
-    p.y = y.get();
-    p.y_column = s.rows;
-    p.columns = n;
+    const testing::DeviceActivations a({x.begin(), x.begin() + n * heads * s.cols}, n * heads, s.cols, s.cols,
+                                       heads);
     const double seconds = Time(copies, [&](int i, cudaStream_t stream) {
-      p.w = {type, weights.get() + i * bytes, s.rows, s.cols, row_bytes};
-      return n > kMaxColumns ? LaunchMatMul(p, stream) : LaunchMatVec(p, stream);
+      std::vector<ProductParams> products;
+      int64_t row = 0;
+      for (const WeightShape& one : shapes) {
+        ProductParams p;
+        p.w = {type, weights.get() + i * bytes + row * row_bytes, one.rows, s.cols, row_bytes};
+        p.x = a.get();
+        p.x_batch = heads > 1;
+        p.x_column = heads;
+        p.y = y.get() + row * n;
+        p.y_batch = one.rows;
+        p.y_column = one.rows * heads;
+        p.columns = n;
+        p.batches = static_cast<int32_t>(heads);
+        products.push_back(p);
+        row += one.rows * heads;
+      }
+      return n > kMaxColumns ? LaunchMatMul(products[0], stream)
+                             : LaunchMatVecs(products.data(), static_cast<int>(products.size()), stream);
     });
-    Report(n > kMaxColumns ? "cuda_matmul" : "cuda_matvec",
-           std::string(gguf::TypeName(s.type)) + " " + std::to_string(s.rows) + "x" + std::to_string(s.cols) +
-               " " + s.name,
-           n, static_cast<double>(bytes), n > kMaxColumns ? 2.0 * n * s.rows * s.cols : 0, seconds);
+    Report(n > kMaxColumns ? "cuda_matmul" : "cuda_matvec", name, n, static_cast<double>(bytes),
+           n > kMaxColumns ? 2.0 * n * s.rows * s.cols : 0, seconds);
   }
 }
 
-void Attention(int64_t tokens, int rows, bool decode) {
+// The small kernels of a layer, one after the other in a graph: what a launch of each costs.
+void SmallKernels(int64_t rows) {
+  const int64_t hidden = 7168, experts = 256, heads = 128, inner = 2048;
+  std::mt19937 rng(4);
+  const DeviceArray<float> x(kernels::testing::Gaussian(rng, rows * hidden)), y(rows * hidden * 4),
+      weight(kernels::testing::Gaussian(rng, hidden)), weights(rows * 8);
+  const DeviceArray<int8_t> q(Int8FormRows(rows, 1) * heads * 512);
+  const DeviceArray<float2> meta(Int8FormRows(rows, 1) * heads * 16);
+  const DeviceArray<int32_t> ids(rows * 8);
+  auto report = [&](const char* name, const std::function<cudaError_t(int, cudaStream_t)>& launch) {
+    std::printf("{\"bench\": \"cuda_small\", \"kernel\": \"%s\", \"rows\": %lld, \"microseconds\": %.2f}\n",
+                name, static_cast<long long>(rows), Time(64, launch) * 1e6);
+  };
+  RmsNormParams norm;
+  norm.x = x.get();
+  norm.x_stride = norm.cols = hidden;
+  norm.weight = weight.get();
+  norm.y = y.get();
+  norm.q = q.get();
+  norm.q_meta = meta.get();
+  norm.rows = rows;
+  report("norm 7168", [&](int, cudaStream_t s) { return LaunchRmsNorm(norm, s); });
+  RmsNormParams sum = norm;
+  sum.add = x.get();
+  sum.x_out = y.get() + rows * hidden;
+  report("add + norm 7168", [&](int, cudaStream_t s) { return LaunchRmsNorm(sum, s); });
+  report("add 7168", [&](int, cudaStream_t s) { return LaunchAdd(y.get(), x.get(), rows * hidden, s); });
+  report("silu 2048", [&](int, cudaStream_t s) {
+    return LaunchSiluMul({x.get(), x.get(), y.get(), q.get(), meta.get(), rows, inner}, s);
+  });
+  report("quantize 7168", [&](int, cudaStream_t s) {
+    return LaunchQuantize({x.get(), hidden, rows, hidden, 1, q.get(), meta.get()}, s);
+  });
+  RouteParams route;
+  route.logits = x.get();
+  route.ids = ids.get();
+  route.weights = weights.get();
+  route.n = rows;
+  route.experts = static_cast<int32_t>(experts);
+  route.top_k = 8;
+  route.groups = 8;
+  route.top_groups = 4;
+  route.sigmoid = route.normalize = true;
+  report("route", [&](int, cudaStream_t s) { return LaunchRoute(route, s); });
+}
+
+// `split`: 0 for what SplitsOf says. `padding`: that many rows more in the launch, for up to kMaxSplits
+// splits.
+void Attention(int64_t tokens, int rows, bool decode, CacheType type = kCacheBf16, int split = 0,
+               int padding = 0, int32_t shared_bytes = 0) {
   const int32_t heads = 128, lora = 512, rope = 64, width = lora + rope, page_tokens = 32;
-  const int64_t a_row = tokens * width;
+  const int64_t row_bytes = CacheRowBytes(type, lora, rope), a_row = tokens * row_bytes;
   // One sequence a row in decode, all rows of one sequence in prefill.
   const int64_t sequences = decode ? rows : 1;
   const int64_t pages = (tokens + page_tokens - 1) / page_tokens * sequences;
-  const int copies = static_cast<int>(std::clamp<int64_t>(kFar / (pages * page_tokens * width * 2), 1, 16));
-  std::vector<uint16_t> cache(pages * page_tokens * width);
+  const int copies = static_cast<int>(std::clamp<int64_t>(kFar / (pages * page_tokens * row_bytes), 1, 16));
+  // As 16-bit numbers of both types: small ones.
+  std::vector<uint16_t> cache(pages * page_tokens * row_bytes / 2);
   std::mt19937 rng(3);
   for (uint16_t& v : cache) v = static_cast<uint16_t>(0x3c00 + (rng() & 0x83ff));
-  const DeviceArray<uint16_t> d_cache(cache.size() * copies),
-      query(std::vector<uint16_t>(static_cast<size_t>(rows) * heads * width, 0x3c00));
+  std::vector<uint16_t> queries(static_cast<size_t>(rows) * heads * width);
+  for (uint16_t& v : queries) v = static_cast<uint16_t>(0x2c00 + (rng() & 0x83ff));
+  const DeviceArray<uint16_t> d_cache(cache.size() * copies), query(queries);
   for (int i = 0; i < copies; ++i) {
     cudaMemcpy(d_cache.get() + i * cache.size(), cache.data(), cache.size() * 2, cudaMemcpyHostToDevice);
   }
   std::vector<int32_t> table(pages), position(rows), first(rows), splits(rows), part(rows);
   std::iota(table.begin(), table.end(), 0);
-  const int split = decode ? SplitsOf(tokens) : 1;
+  if (split == 0) split = decode ? SplitsOf(tokens) : 1;
   double seen = 0;
   for (int i = 0; i < rows; ++i) {
     position[i] = static_cast<int32_t>(decode ? tokens - 1 : tokens - rows + i);
@@ -152,6 +225,10 @@ void Attention(int64_t tokens, int rows, bool decode) {
     splits[i] = split;
     part[i] = i * split;
     seen += position[i] + 1;
+  }
+  for (int i = 0; i < padding; ++i) {
+    position.push_back(-1);
+    for (std::vector<int32_t>* v : {&first, &splits, &part}) v->push_back(0);
   }
   const DeviceArray<int32_t> d_table(table), d_position(position), d_first(first), d_splits(splits),
       d_part(part);
@@ -166,17 +243,22 @@ void Attention(int64_t tokens, int rows, bool decode) {
   p.out = out.get();
   p.partial = partial.get();
   p.partial_state = state.get();
-  p.n = rows;
+  p.n = rows + padding;
   p.heads = heads;
   p.lora = lora;
   p.rope = rope;
-  p.most_splits = split;
+  p.most_splits = padding > 0 ? kMaxSplits : split;
+  p.type = type;
+  p.shared_bytes = shared_bytes;
   const double seconds = Time(copies, [&](int i, cudaStream_t stream) {
     p.cache = d_cache.get() + i * cache.size();
     return LaunchAttention(p, stream);
   });
-  Report(decode ? "cuda_attention_decode" : "cuda_attention_prefill", "R1, context " + std::to_string(tokens),
-         rows, 2.0 * a_row * sequences, 2.0 * seen * heads * (width + lora), seconds);
+  Report(decode ? "cuda_attention_decode" : "cuda_attention_prefill",
+         "R1, context " + std::to_string(tokens) + (type == kCacheInt8 ? ", int8, " : ", bf16, ") +
+             std::to_string(split) + " splits" + (padding > 0 ? ", padded" : "") +
+             (shared_bytes > 0 ? ", less shared memory" : ""),
+         rows, static_cast<double>(a_row * sequences), 2.0 * seen * heads * (width + lora), seconds);
 }
 
 // `what`: only the benchmarks whose name has this in it.
@@ -192,29 +274,46 @@ int Main(const std::string& what) {
   using T = gguf::TensorType;
   if (wanted("matvec")) {
     for (T type : {T::kQ4_K, T::kQ5_K, T::kQ6_K, T::kQ8_0, T::kQ5_0, T::kQ4_0, T::kF16, T::kBF16, T::kF32}) {
-      Products({"attn_output", type, 7168, 16384}, {1, 2, 4, 8, 16});
+      Products({{"attn_output", type, 7168, 16384}}, {1, 2, 4, 8, 16});
     }
-    for (const WeightShape& s : {WeightShape{"q_a", T::kQ4_K, 1536, 7168},
-                                 {"q_b", T::kQ4_K, 24576, 1536},
-                                 {"kv_a", T::kQ4_K, 576, 7168},
-                                 {"shared gate", T::kQ4_K, 2048, 7168},
-                                 {"shared down", T::kQ6_K, 7168, 2048},
-                                 {"head", T::kQ6_K, 129280, 7168},
-                                 {"router", T::kF32, 256, 7168}}) {
-      Products(s, {1, 8});
+    const WeightShape q_a{"q_a", T::kQ4_K, 1536, 7168}, kv_a{"kv_a", T::kQ4_K, 576, 7168},
+        gate{"gate", T::kQ4_K, 2048, 7168}, up{"up", T::kQ4_K, 2048, 7168};
+    for (const std::vector<WeightShape>& s :
+         std::vector<std::vector<WeightShape>>{{q_a},
+                                               {kv_a},
+                                               {q_a, kv_a},
+                                               {{"q_b", T::kQ4_K, 24576, 1536}},
+                                               {{"k_b", T::kF16, 512, 128, 128}},
+                                               {{"k_b", T::kQ8_0, 512, 128, 128}},
+                                               {{"v_b", T::kQ4_K, 128, 512, 128}},
+                                               {{"v_b", T::kF16, 128, 512, 128}},
+                                               {gate},
+                                               {gate, up},
+                                               {{"shared down", T::kQ6_K, 7168, 2048}},
+                                               {{"head", T::kQ6_K, 129280, 7168}},
+                                               {{"router", T::kF32, 256, 7168}}}) {
+      Products(s, {1, 4, 8, 16});
     }
+  }
+  if (wanted("small")) {
+    for (int64_t rows : {1, 8}) SmallKernels(rows);
   }
   if (wanted("matmul")) {
     for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
-      Products({"attn_output", type, 7168, 16384}, {32, 64, 128, 256, 1024, 4096});
+      Products({{"attn_output", type, 7168, 16384}}, {32, 64, 128, 256, 1024, 4096});
     }
   }
   if (wanted("attention")) {
-    for (int64_t tokens : {1024, 8192, 32768, 131072}) Attention(tokens, 1, true);
-    Attention(8192, 4, true);
-    Attention(8192, 16, true);
-    Attention(4096, 256, false);
-    Attention(16384, 256, false);
+    for (CacheType type : {kCacheBf16, kCacheInt8}) {
+      for (int64_t tokens : {1024, 8192, 32768, 131072}) Attention(tokens, 1, true, type);
+      for (int split : {16, 32}) Attention(8192, 1, true, type, split);
+      Attention(131072, 1, true, type, 0, 0, 99 << 10);
+      Attention(1024, 1, true, type, 0, 15);
+      Attention(8192, 4, true, type);
+      Attention(8192, 16, true, type);
+      Attention(4096, 256, false, type);
+      Attention(16384, 256, false, type);
+    }
   }
   return 0;
 }

@@ -32,9 +32,9 @@ __device__ __forceinline__ void ScaleMinOf(const uint4& head, int s, float* scal
   *min = HalfBits(head.x >> 16) * static_cast<float>(mn);
 }
 
-// The bits of `word` that belong to 4 values: bit i of each of 4 bytes from bits 4j + i of `nibble`.
-__device__ __forceinline__ uint32_t SpreadBits(uint32_t nibble) {
-  return (nibble & 1) | (nibble & 2) << 7 | (nibble & 4) << 14 | (nibble & 8) << 21;
+// Bit i of the last four bits of `word` as the lowest bit of byte i.
+__device__ __forceinline__ uint32_t SpreadBits(uint32_t word) {
+  return (word & 15) * 0x00204081u & 0x01010101u;
 }
 
 // Four values of 0..63 in the bytes of `q`, minus 32 each, as int8.

@@ -11,6 +11,7 @@
 #include "common/threading/thread_pool.h"
 #include "services/attention_gpu/backend/backend.h"
 #include "services/attention_gpu/experts/expert_group.h"
+#include "services/attention_gpu/experts/stream_break_even.h"
 
 namespace tandem::attention {
 
@@ -19,8 +20,14 @@ struct CudaBackendOptions {
   threading::ThreadPool::Options threads;  // for preparing the weights
   int32_t page_tokens = 32;                // a multiple of 32
   int32_t page_count = 0;                  // of the KV cache
-  int32_t max_step_tokens = 512;           // of one Step, all sequences together
-  uint64_t vram_limit = 0;                 // bytes the backend may take; 0: what is free, less a reserve
+  int32_t max_step_tokens = 512;           // of one Step, all sequences together, as long as nothing streams
+  StreamPrefill stream_prefill = {StreamPrefill::Mode::kOff};  // larger steps, whose experts are streamed
+  int32_t stream_step_tokens = 4096;                           // of such a step
+  uint64_t stream_buffer_bytes = uint64_t{768} << 20;          // of device memory for weights on their way
+  bool int8_cache = false;                                     // the KV cache in 8 bits, not bfloat16
+  int32_t max_graph_rows = 16;  // steps of up to so many sequences that decode are graphs
+  std::string bell = "auto";    // how the GPU calls the experts: auto, stream, kernel, host, off
+  uint64_t vram_limit = 0;      // bytes the backend may take; 0: what is free, less a reserve
 };
 
 // What will lie in the GPU's memory, in bytes, and whether that is there.
@@ -29,8 +36,9 @@ struct CudaPlan {
   uint64_t weights = 0;
   uint64_t cache = 0;      // bfloat16
   uint64_t workspace = 0;  // buffers of a step
+  uint64_t stream = 0;     // experts' weights on their way, and what streaming needs besides
   uint64_t available = 0;
-  uint64_t total() const { return weights + cache + workspace; }
+  uint64_t total() const { return weights + cache + workspace + stream; }
   std::string ToString() const;  // for the log, in MB
 };
 

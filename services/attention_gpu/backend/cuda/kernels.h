@@ -4,10 +4,14 @@
 //
 // Numerics. Weights keep their GGUF values. A product with few columns (up to kMaxColumns) quantizes the
 // activations to int8 in blocks of 32 (scale = largest / 127), sums each block exactly in int32 and the
-// blocks in float32; a row and column give the same bits whatever other columns are in the call. A product
-// with more columns rounds activations and decoded weights to float16 (11 bits; rows of activations are
-// scaled by a power of two first, so that nothing overflows) and sums in float32 on tensor cores. F32 weights
-// always meet float32 activations.
+// blocks in float32; F16, BF16 and F32 weights meet float32 activations on tensor cores, both factors cut
+// into terms of 11 bits. A row and column give the same bits whatever other columns are in the call. A
+// product with more columns rounds activations and decoded weights to float16 (11 bits; rows of activations
+// are scaled by a power of two first, so that nothing overflows) and sums in float32 on tensor cores. F32
+// weights always meet float32 activations.
+//
+// Steps of a fixed number of rows: a row whose position is negative is padding. What reads StepRows leaves
+// the cache and its output as they are for such a row; routing sends it to expert -1.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -63,7 +67,9 @@ struct ProductParams {
 
 // Up to kMaxColumns columns (F32 weights: any number), 16 in each pass over the weights.
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
-cudaError_t LaunchInt8Product(const ProductParams& p, cudaStream_t stream);  // its part for quantized weights
+// Several of them, with the same bits: in one launch where neighbours have the same activations, type,
+// columns and batches, and their outputs do not overlap.
+cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream);
 // Any number of columns; not for F32 weights.
 cudaError_t LaunchMatMul(const ProductParams& p, cudaStream_t stream);
 // Must be called once for the current device before LaunchMatMul: asks for its shared memory.
@@ -103,7 +109,8 @@ struct EmbedParams {
 };
 cudaError_t LaunchEmbed(const EmbedParams& p, cudaStream_t stream);
 
-// y = x / sqrt(mean(x^2) + eps) * weight for each row; and, where q is given, the int8 form of y.
+// y = x / sqrt(mean(x^2) + eps) * weight for each row; and, where q is given, the int8 form of y. Where `add`
+// is given, x + add (+ add2) stands for x, and without row_ids is also stored in x_out.
 struct RmsNormParams {
   const float* x = nullptr;
   int64_t x_stride = 0;
@@ -114,7 +121,10 @@ struct RmsNormParams {
   int8_t* q = nullptr;
   float2* q_meta = nullptr;
   int64_t rows = 0;
-  int64_t cols = 0;  // a multiple of 32
+  int64_t cols = 0;             // a multiple of 32
+  const float* add = nullptr;   // rows x_stride apart, as those of x
+  const float* add2 = nullptr;  // not without `add`
+  float* x_out = nullptr;       // may be x; rows x_stride apart
 };
 cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream);
 
@@ -134,28 +144,38 @@ cudaError_t LaunchAdd(float* x, const float* delta, int64_t n, cudaStream_t stre
 
 // What the kernels of one step read about each token row.
 struct StepRows {
-  const int32_t* position = nullptr;    // [n] in its sequence
+  const int32_t* position = nullptr;    // [n] in its sequence; negative: padding, nothing else of it is read
   const int32_t* first_page = nullptr;  // [n] where the page table of its sequence begins in `pages`
   const int32_t* pages = nullptr;       // entry i of a table: the page of positions from i * page_tokens on
   int32_t page_tokens = 0;
   const float* rope = nullptr;  // [n, rope / 2, (cos, sin)]
 };
 
-// One layer of the paged latent cache: [pages, page_tokens, lora + rope] bfloat16, the normalized latent and
-// the rotated shared key.
+// How a token lies in the latent cache, one row for each: the normalized latent and the rotated shared key.
+//   kCacheBf16  [lora + rope] bfloat16
+//   kCacheInt8  [lora] bytes, [rope] float16, a float32 scale, padding to a multiple of 16 bytes; value i of
+//   the
+//               latent is (byte - 128) * scale, with the scale = largest magnitude / 127
+enum CacheType : int32_t { kCacheBf16 = 0, kCacheInt8 = 1 };
+TANDEM_HOST_DEVICE constexpr int64_t CacheRowBytes(CacheType type, int64_t lora, int64_t rope) {
+  return type == kCacheBf16 ? 2 * (lora + rope) : (lora + 2 * rope + 4 + 15) / 16 * 16;
+}
+
+// One layer of the paged cache: [pages, page_tokens] rows of CacheRowBytes.
 struct CacheWriteParams {
   StepRows rows;
   const float* kv = nullptr;      // [n, lora + rope], before norm and rotation
   const float* weight = nullptr;  // [lora]
   float eps = 0;
-  uint16_t* cache = nullptr;
+  void* cache = nullptr;  // aligned to 16 bytes
   int64_t n = 0;
   int32_t lora = 0, rope = 0;
+  CacheType type = kCacheBf16;
 };
 cudaError_t LaunchCacheWrite(const CacheWriteParams& p, cudaStream_t stream);
 
-// The query in the form that attention reads, bfloat16 [n, heads, lora + rope]: the absorbed part, then the
-// rotated rest of q, both times `scale`.
+// The query in the form that attention reads, [n, heads, lora + rope] bfloat16, or float16 for an int8 cache:
+// the absorbed part, then the rotated rest of q, both times `scale`.
 struct QueryParams {
   StepRows rows;
   const float* absorbed = nullptr;  // [n, heads, lora]
@@ -164,30 +184,34 @@ struct QueryParams {
   uint16_t* out = nullptr;
   int64_t n = 0;
   int32_t heads = 0, lora = 0, nope = 0, rope = 0;
+  CacheType type = kCacheBf16;
 };
 cudaError_t LaunchQuery(const QueryParams& p, cudaStream_t stream);
 
 // Absorbed MLA attention: for token row t, positions [0, position[t]] of its sequence's cache.
 //   out[t, h, :] = softmax over p of (query[t, h, :] . key_p) applied to the first `lora` values of key_p.
-// bfloat16 operands on tensor cores, float32 sums; the weights of the softmax are rounded to bfloat16 too.
-// Row t is cut into splits[t] stretches of equal length, whose results are then combined. Where the caller
-// chooses splits[t] by the row's own position alone, its bits do not depend on the batch.
+// Operands of tensor cores in the query's type, float32 sums; the weights of the softmax are rounded to that
+// type too. Row t is cut into splits[t] stretches of equal length, whose results are then combined. Where the
+// caller chooses splits[t] by the row's own position alone, its bits do not depend on the batch. Only the
+// grid depends on this struct's numbers (n, heads, most_splits); blocks without work leave at once.
 struct AttentionParams {
   StepRows rows;                           // page_tokens: a multiple of kAttentionTile
   const int32_t* splits = nullptr;         // [n], in [1, kMaxSplits]
   const int32_t* first_partial = nullptr;  // [n] index of the row's first part, where splits > 1
   const uint16_t* query = nullptr;         // [n, heads, lora + rope]
-  const uint16_t* cache = nullptr;         // the layer's
+  const void* cache = nullptr;             // the layer's, aligned to 16 bytes
   float* out = nullptr;                    // [n, heads, lora]
   float* partial = nullptr;                // [parts, heads, lora]
   float2* partial_state = nullptr;         // [parts, heads]: (largest score, sum of weights)
   int64_t n = 0;
   int32_t heads = 0, lora = 0, rope = 0;
-  int32_t most_splits = 1;  // of the rows in this call
+  int32_t most_splits = 1;  // at least that of every row in this call
+  CacheType type = kCacheBf16;
+  int32_t shared_bytes = 0;  // a block's shared memory at most, as on a smaller card; 0: what the device has
 };
 constexpr int kAttentionTile = 32;  // positions handled together
-constexpr int kSplitTokens = 256;   // the least worth a split
-constexpr int kMaxSplits = 32;
+constexpr int kSplitTokens = 128;   // the least worth a split
+constexpr int kMaxSplits = 64;
 // Splits of a row that sees `tokens` positions, where it is one of few rows.
 inline int SplitsOf(int64_t tokens) {
   const int64_t n = (tokens + kSplitTokens - 1) / kSplitTokens;
@@ -207,6 +231,8 @@ struct RouteParams {
   int32_t experts = 0, top_k = 0, groups = 1, top_groups = 1;
   bool sigmoid = false, normalize = false;
   float scale = 1;
+  const int32_t* position =
+      nullptr;  // [n]; a row with a negative one gets ids -1 and weights 0. Null: none has
 };
 cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream);
 

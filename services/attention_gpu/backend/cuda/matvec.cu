@@ -1,138 +1,134 @@
-// Products with few columns. A group of lanes shares the inputs of kRows rows, lane l taking chunks l, l +
-// lanes,
-// ...; the lanes' sums are then added as a tree. The order of additions depends on the shape of the weight
-// alone.
+// Products with few columns: float weights, and the choice of the kernel.
+//
+// F16, BF16 and F32 weights meet float32 activations on tensor cores in tf32, which has 11 bits: an
+// activation is cut into its first 11 bits and the next 11, an F32 weight too. What is left out is below
+// 2^-21 of a product.
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
-#include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/few_columns.cuh"
+#include "services/attention_gpu/backend/cuda/mma.cuh"
 
 namespace tandem::attention::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+// The first 11 bits of v, and what is left (NaN for infinity).
+__device__ __forceinline__ void Cut(float v, uint32_t* first, uint32_t* rest) {
+  *first = __float_as_uint(v) & 0xffffe000u;
+  *rest = __float_as_uint(v - __uint_as_float(*first));
+}
 
-// 8 values of a float row.
+// Lane (g, t): column g of each tile; null where there is none.
+template <int kTiles>
+struct FloatColumns {
+  const float* x[kTiles];
+
+  __device__ __forceinline__ FloatColumns(const FewColumns& p, int64_t batch, int first, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int column = first + tile * 8 + (lane >> 2);
+      x[tile] =
+          column < p.columns ? p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride : nullptr;
+    }
+  }
+};
+
+// 128 values (F32: 64) of a row, 32 at a time. Lane (g, t) holds values 8 t to 8 t + 7 of the 32; product j
+// of four takes values 8 t + 2 j and the next.
 template <int kType>
-__device__ __forceinline__ void LoadFloats(const uint8_t* row, int c, float* w) {
-  if constexpr (kType == kF32) {
-    const uint4 a = Load16(row + c * 32), b = Load16(row + c * 32 + 16);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = __uint_as_float(WordOf(a, b, i));
-  } else {
-    const uint4 v = Load16(row + c * 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = WordOf(v, v, i);
-      w[2 * i] = kType == kF16 ? HalfBits(word & 0xffff) : __uint_as_float(word << 16);
-      w[2 * i + 1] = kType == kF16 ? HalfBits(word >> 16) : __uint_as_float(word & 0xffff0000u);
-    }
-  }
-}
+struct FloatUnit {
+  template <int kTiles>
+  using Columns = FloatColumns<kTiles>;
+  static constexpr bool kWide = kType == kF32;
+  static constexpr int kChunks = kWide ? 2 : 4;
+  static constexpr int kLoads = kWide ? 2 : 1;  // of 16 bytes, for 8 values
+  uint4 v[2][kChunks][kLoads];
 
-template <int kType, int kColumns, int kRows>
-__device__ __forceinline__ void FloatRows(const ProductParams& p, const uint8_t* const (&row)[kRows],
-                                          const int64_t (&x_row)[kColumns], int lane, int lanes,
-                                          float (&sum)[kRows][kColumns]) {
-  const int chunks = static_cast<int>(p.w.cols) >> 3;
-#pragma unroll(kColumns <= 2 ? 4 : 1)
-  for (int c = lane; c < chunks; c += lanes) {
-    float w[kRows][8];
+  static TANDEM_HOST_DEVICE int Count(int cols) { return ((cols >> 5) + kChunks - 1) / kChunks; }
+
+  __device__ __forceinline__ void Load(const uint8_t* const (&row)[2], int cols, int unit, int lane) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) LoadFloats<kType>(row[r], c, w[r]);
+    for (int r = 0; r < 2; ++r) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const float4* x = reinterpret_cast<const float4*>(p.x.x + x_row[j] * p.x.x_stride) + 2 * c;
-      const float4 a = __ldg(x), b = __ldg(x + 1);
+      for (int c = 0; c < kChunks; ++c) {
+        const int chunk = min(unit * kChunks + c, (cols >> 5) - 1);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        float s = sum[r][j];
-        s = fmaf(w[r][0], a.x, s), s = fmaf(w[r][1], a.y, s), s = fmaf(w[r][2], a.z, s),
-        s = fmaf(w[r][3], a.w, s);
-        s = fmaf(w[r][4], b.x, s), s = fmaf(w[r][5], b.y, s), s = fmaf(w[r][6], b.z, s),
-        s = fmaf(w[r][7], b.w, s);
-        sum[r][j] = s;
+        for (int i = 0; i < kLoads; ++i) {
+          v[r][c][i] = Load16(row[r] + ((chunk * 4 + (lane & 3)) * kLoads + i) * 16);
+        }
       }
     }
   }
-}
 
-template <int kType, int kColumns, int kRows>
-__global__ void __launch_bounds__(kThreads) MatVec(const ProductParams p, int lanes, int first_column) {
-  const int64_t group = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
-  const int lane = threadIdx.x % lanes;
-  const int64_t first = group * kRows;
-  const int64_t batch = blockIdx.y;
-  const uint8_t* row[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    // Lanes without a row work on the last one, so that all take part in the shuffles.
-    row[r] = p.w.data + (batch * p.w.rows + min(first + r, p.w.rows - 1)) * p.w.row_bytes;
-  }
-  int64_t x_row[kColumns];
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    x_row[j] = batch * p.x_batch + min(first_column + j, p.columns - 1) * p.x_column;
-  }
-  float sum[kRows][kColumns] = {};
-  FloatRows<kType, kColumns, kRows>(p, row, x_row, lane, lanes, sum);
-  __shared__ float parts[kThreads / 32][kRows * kColumns];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      for (int step = min(lanes, 32) >> 1; step > 0; step >>= 1) {
-        sum[r][j] += __shfl_xor_sync(0xffffffffu, sum[r][j], step);
-      }
-      if (lanes > 32 && (lane & 31) == 0) parts[lane >> 5][r * kColumns + j] = sum[r][j];
-    }
-  }
-  if (lanes > 32) __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int column = first_column + j;
-      if (lane != (r * kColumns + j) % lanes || first + r >= p.w.rows || column >= p.columns) continue;
-      float s = sum[r][j];
-      if (lanes > 32) {
-        s = 0;
-        for (int warp = 0; warp < lanes / 32; ++warp) s += parts[warp][r * kColumns + j];
-      }
-      float* y = p.y + batch * p.y_batch + column * p.y_column + first + r;
-      *y = p.accumulate ? *y + s : s;
-    }
-  }
-}
-
-template <int kType, int kColumns>
-void Launch(const ProductParams& p, int first_column, cudaStream_t stream) {
-  constexpr int kRows = kColumns >= 4 ? 2 : 1;
-  const int64_t chunks = p.w.cols / 8;
-  int lanes = p.w.rows <= 4096 && chunks >= 4 * kThreads ? kThreads : 32;  // few rows, all of them long
-  while (lanes > 4 && chunks < lanes) lanes /= 2;
-  const int64_t groups = (p.w.rows + kRows - 1) / kRows;
-  const int64_t per_block = kThreads / lanes;
-  const dim3 grid(static_cast<unsigned>((groups + per_block - 1) / per_block),
-                  static_cast<unsigned>(p.batches));
-  MatVec<kType, kColumns, kRows><<<grid, kThreads, 0, stream>>>(p, lanes, first_column);
-}
-
-template <int kType>
-cudaError_t ForColumns(const ProductParams& p, cudaStream_t stream) {
-  for (int first = 0; first < p.columns; first += 16) {
-    const int n = p.columns - first;
-    if (n == 1) {
-      Launch<kType, 1>(p, first, stream);
-    } else if (n == 2) {
-      Launch<kType, 2>(p, first, stream);
-    } else if (n <= 4) {
-      Launch<kType, 4>(p, first, stream);
-    } else if (n <= 8) {
-      Launch<kType, 8>(p, first, stream);
+  // Value i of the eight.
+  __device__ __forceinline__ float Value(int r, int c, int i) const {
+    if constexpr (kWide) {
+      return __uint_as_float(WordOf(v[r][c][0], v[r][c][kLoads - 1], i));
     } else {
-      Launch<kType, 16>(p, first, stream);
+      const uint32_t word = WordOf(v[r][c][0], v[r][c][0], i >> 1);
+      if (kType == kF16) return HalfBits(i & 1 ? word >> 16 : word & 0xffff);
+      return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
     }
   }
-  return cudaGetLastError();
+
+  template <int kTiles>
+  __device__ __forceinline__ void Add(int cols, int unit, int lane, const Columns<kTiles>& x,
+                                      float (&sum)[kTiles][4]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = unit * kChunks + c;
+      const bool valid = chunk < cols >> 5;  // else the activations are zeros
+      float4 values[kTiles][2];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        values[tile][0] = values[tile][1] = make_float4(0, 0, 0, 0);
+        if (valid && x.x[tile] != nullptr) {
+          const float4* from = reinterpret_cast<const float4*>(x.x[tile]) + (chunk * 4 + (lane & 3)) * 2;
+          values[tile][0] = __ldg(from);
+          values[tile][1] = __ldg(from + 1);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t a[4], a_rest[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float w = Value(i & 1, c, 2 * j + (i >> 1));
+          if (kWide) {
+            Cut(w, &a[i], &a_rest[i]);
+          } else {
+            a[i] = __float_as_uint(w);
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float4& four = values[tile][j >> 1];
+          uint32_t b[2], b_rest[2];
+          Cut(j & 1 ? four.z : four.x, &b[0], &b_rest[0]);
+          Cut(j & 1 ? four.w : four.y, &b[1], &b_rest[1]);
+          if (kWide) MmaTf32(sum[tile], a_rest, b[0], b[1]);
+          MmaTf32(sum[tile], a, b_rest[0], b_rest[1]);
+          MmaTf32(sum[tile], a, b[0], b[1]);
+        }
+      }
+    }
+  }
+};
+
+bool SameActivations(const ProductParams& a, const ProductParams& b) {
+  return a.x.x == b.x.x && a.x.x_stride == b.x.x_stride && a.x.q == b.x.q && a.x_batch == b.x_batch &&
+         a.x_column == b.x_column && a.columns == b.columns && a.batches == b.batches;
+}
+
+cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
+  switch (p->w.type) {
+    case kF32:
+      return LaunchFewColumns<FloatUnit<kF32>>(p, count, stream);
+    case kF16:
+      return LaunchFewColumns<FloatUnit<kF16>>(p, count, stream);
+    case kBF16:
+      return LaunchFewColumns<FloatUnit<kBF16>>(p, count, stream);
+    default:
+      return LaunchInt8Products(p, count, stream);
+  }
 }
 
 }  // namespace
@@ -140,16 +136,29 @@ cudaError_t ForColumns(const ProductParams& p, cudaStream_t stream) {
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream) {
   if (p.columns <= 0 || p.w.rows <= 0 || p.batches <= 0) return cudaSuccess;
   if (p.columns > kMaxColumns && p.w.type != kF32) return cudaErrorInvalidValue;
-  switch (p.w.type) {
-    case kF32:
-      return ForColumns<kF32>(p, stream);
-    case kF16:
-      return ForColumns<kF16>(p, stream);
-    case kBF16:
-      return ForColumns<kBF16>(p, stream);
-    default:
-      return LaunchInt8Product(p, stream);
+  return LaunchSome(&p, 1, stream);
+}
+
+cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream) {
+  while (count > 0) {
+    int some = 1;
+    while (some < count && some < kMostParts && p[some].w.type == p->w.type && p[some].w.cols == p->w.cols &&
+           p[some].w.rows > 0 && SameActivations(*p, p[some])) {
+      ++some;
+    }
+    if (some > 1 && p->w.rows > 0 && p->columns > 0 && p->batches > 0 &&
+        (p->columns <= kMaxColumns || p->w.type == kF32)) {
+      const cudaError_t e = LaunchSome(p, some, stream);
+      if (e != cudaSuccess) return e;
+    } else {
+      some = 1;
+      const cudaError_t e = LaunchMatVec(*p, stream);
+      if (e != cudaSuccess) return e;
+    }
+    p += some;
+    count -= some;
   }
+  return cudaSuccess;
 }
 
 }  // namespace tandem::attention::cuda

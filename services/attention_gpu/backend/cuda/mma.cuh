@@ -49,6 +49,17 @@ __device__ __forceinline__ void MmaBf16(float (&c)[4], const uint32_t (&a)[4], u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c[16, 8] += a[16, 8] b[8, 8] in tf32: the last 13 bits of each float32 are not read. Of a, lane l holds
+// rows l / 4 (a0, a2) and l / 4 + 8 (a1, a3), columns l % 4 (a0, a1) and l % 4 + 4; of b, column l / 4, rows
+// l % 4 and l % 4 + 4.
+__device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // d[16, 8] = a[16, 32] b[32, 8] + c in int8 with int32 sums, c in all places; lanes hold d as above.
 __device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int c) {
   asm volatile(
@@ -56,6 +67,13 @@ __device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[4], uint3
       "{%10,%10,%10,%10};\n"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
+}
+// The same of half the depth: a[16, 16] b[16, 8].
+__device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[2], uint32_t b, int c) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};\n"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(c));
 }
 
 }  // namespace tandem::attention::cuda

@@ -1,5 +1,6 @@
 // Products with quantized weights against sums in double over what quant::Dequantize gives.
 #include <cmath>
+#include <deque>
 #include <limits>
 
 #include "common/quant/quant.h"
@@ -188,6 +189,84 @@ TEST(CudaProducts, AColumnHasTheSameBitsInAnyCompany) {
     if (type == TensorType::kF32) continue;
     const auto all = of(0, 40, true);
     EXPECT_TRUE(SameBits(all.data() + 3 * rows, of(3, 20, true).data(), rows)) << gguf::TypeName(type);
+  }
+}
+
+// One launch for several matrices gives what one launch for each gives.
+TEST(CudaProducts, SeveralMatricesOfTheSameActivations) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(9);
+  const int64_t cols = 1024;
+  for (TensorType type : DeviceTypes()) {
+    for (int columns : {1, 5, 20}) {
+      const auto x = Gaussian(rng, columns * cols);
+      const DeviceActivations a(x, columns, cols, cols);
+      // The last one has another type: a launch of its own.
+      const Weights w[] = {RandomBlocks(rng, type, 130, cols), RandomBlocks(rng, type, 17, cols),
+                           RandomBlocks(rng, type, 2100, cols), RandomBlocks(rng, type, 40, cols),
+                           RandomBlocks(rng, TensorType::kQ8_0, 50, cols)};
+      std::deque<DeviceWeight> device;
+      std::deque<DeviceArray<float>> y;
+      std::vector<ProductParams> products;
+      for (const Weights& one : w) {
+        device.emplace_back(one.m);
+        y.emplace_back(one.m.rows * columns);
+        ProductParams p;
+        p.w = device.back().matrix();
+        p.x = a.get();
+        p.y = y.back().get();
+        p.y_column = one.m.rows;
+        p.columns = columns;
+        products.push_back(p);
+      }
+      Check(LaunchMatVecs(products.data(), static_cast<int>(products.size()), nullptr));
+      for (size_t i = 0; i < products.size(); ++i) {
+        const auto alone = Product(device[i].matrix(), a, columns, false);
+        EXPECT_TRUE(SameBits(alone.data(), y[i].Download().data(), alone.size()))
+            << gguf::TypeName(type) << ", matrix " << i;
+      }
+    }
+  }
+}
+
+// Matrices for each head, as F16 has them, and F32 with more columns than other types may have.
+TEST(CudaProducts, FloatWeightsOfHeadsAndManyColumns) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(10);
+  const int64_t heads = 5, rows = 70, cols = 128;
+  for (TensorType type : {TensorType::kF16, TensorType::kBF16, TensorType::kF32}) {
+    for (int columns : {1, 8, 16, 33, type == TensorType::kF32 ? 100 : 64}) {
+      const Weights w = RandomBlocks(rng, type, heads * rows, cols);
+      const DeviceWeight device(w.m, heads);
+      const std::vector<float> dense = Dequantized(w.m);
+      const auto x = Gaussian(rng, columns * heads * cols);
+      const DeviceArray<float> d_x(x), y(columns * heads * rows);
+      ProductParams p;
+      p.w = device.matrix();
+      p.x.x = d_x.get();
+      p.x.x_stride = p.x.cols = cols;
+      p.x_batch = 1;
+      p.x_column = heads;
+      p.y = y.get();
+      p.y_batch = rows;
+      p.y_column = heads * rows;
+      p.columns = columns;
+      p.batches = static_cast<int32_t>(heads);
+      Check(LaunchMatVec(p, nullptr));
+      const auto got = y.Download();
+      for (int64_t j = 0; j < columns * heads; ++j) {
+        for (int64_t r = 0; r < rows; ++r) {
+          double sum = 0, size = 0;
+          for (int64_t k = 0; k < cols; ++k) {
+            const double term = double{dense[(j % heads * rows + r) * cols + k]} * x[j * cols + k];
+            sum += term;
+            size += std::fabs(term);
+          }
+          ASSERT_NEAR(got[j * rows + r], sum, 3e-6 * size)
+              << gguf::TypeName(type) << ", " << columns << " columns, row " << r;
+        }
+      }
+    }
   }
 }
 

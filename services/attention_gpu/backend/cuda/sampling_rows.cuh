@@ -73,9 +73,9 @@ struct Weights {
 
 // Calls f(logit, token) for the tokens [begin, end) of a row, some by each of the block's threads, always the
 // same ones by the same. `begin`: a multiple of 4.
-template <int kThreads, typename F>
+// Each thread has kAhead loads of four logits under way.
+template <int kThreads, int kAhead = 2, typename F>
 __device__ __forceinline__ void ForEach(const float* row, int begin, int end, const F& f) {
-  constexpr int kAhead = 4;
   if (begin >= end) return;
   if ((reinterpret_cast<uintptr_t>(row) & 15) != 0) {
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) f(Clean(__ldcg(row + i)), i);

@@ -1,5 +1,6 @@
 // The small kernels of a step: cache entries, queries, routing, the likeliest token.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/reduce.cuh"
@@ -10,8 +11,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMostExperts = 1024;
 constexpr float kOut = -INFINITY;
+constexpr float kSmallest = 1e-30f;  // a latent whose largest value is below counts as zero
 
 __device__ __forceinline__ uint16_t Bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+__device__ __forceinline__ uint16_t F16(float v) { return __half_as_ushort(__float2half_rn(v)); }
 
 // Value i of a rotated vector: pairs (2j, 2j + 1) turn by the angle whose (cos, sin) stand at angles[j].
 __device__ __forceinline__ float Rotated(const float* v, const float2* angles, int i) {
@@ -21,31 +24,57 @@ __device__ __forceinline__ float Rotated(const float* v, const float2* angles, i
 
 __global__ void __launch_bounds__(kThreads) CacheWrite(const CacheWriteParams p) {
   const int64_t t = blockIdx.x;
+  const int position = p.rows.position[t];
+  if (position < 0) return;
   const int width = p.lora + p.rope;
   const float* kv = p.kv + t * width;
   float sum = 0;
   for (int i = threadIdx.x; i < p.lora; i += kThreads) sum = fmaf(kv[i], kv[i], sum);
   sum = BlockReduce<kThreads>(sum, [](float a, float b) { return a + b; });
   const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.lora) + p.eps);
-  const int position = p.rows.position[t];
   const int64_t page = p.rows.pages[p.rows.first_page[t] + position / p.rows.page_tokens];
-  uint16_t* entry = p.cache + (page * p.rows.page_tokens + position % p.rows.page_tokens) * width;
+  unsigned char* entry =
+      static_cast<unsigned char*>(p.cache) +
+      (page * p.rows.page_tokens + position % p.rows.page_tokens) * CacheRowBytes(p.type, p.lora, p.rope);
   const float2* angles = reinterpret_cast<const float2*>(p.rows.rope) + t * (p.rope / 2);
-  for (int i = threadIdx.x; i < width; i += kThreads) {
-    const float v = i < p.lora ? kv[i] * inverse * p.weight[i] : Rotated(kv + p.lora, angles, i - p.lora);
-    entry[i] = Bf16(v);
+  auto latent = [&](int i) { return kv[i] * inverse * p.weight[i]; };
+  if (p.type == kCacheBf16) {
+    for (int i = threadIdx.x; i < width; i += kThreads) {
+      reinterpret_cast<uint16_t*>(entry)[i] =
+          Bf16(i < p.lora ? latent(i) : Rotated(kv + p.lora, angles, i - p.lora));
+    }
+    return;
+  }
+  // What is not finite makes the scale so: every product with the entry shows it.
+  float largest = 0;
+  for (int i = threadIdx.x; i < p.lora; i += kThreads) {
+    const float size = fabsf(latent(i));
+    largest = fmaxf(largest, size <= 3.402823466e38f ? size : INFINITY);
+  }
+  largest = BlockReduce<kThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
+  const bool finite = largest < INFINITY;
+  const float to_bytes = finite && largest > kSmallest ? 127.0f / largest : 0.0f;
+  for (int i = threadIdx.x; i < p.lora; i += kThreads) {
+    entry[i] = static_cast<unsigned char>(128 + (finite ? __float2int_rn(latent(i) * to_bytes) : 0));
+  }
+  uint16_t* rotated = reinterpret_cast<uint16_t*>(entry + p.lora);
+  for (int i = threadIdx.x; i < p.rope; i += kThreads) rotated[i] = F16(Rotated(kv + p.lora, angles, i));
+  if (threadIdx.x == 0) {
+    reinterpret_cast<float*>(rotated + p.rope)[0] = !finite ? NAN : to_bytes > 0 ? largest / 127.0f : 0.0f;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) Query(const QueryParams p) {
   const int64_t t = blockIdx.y, h = t * p.heads + blockIdx.x;
+  if (p.rows.position[t] < 0) return;
   const int width = p.lora + p.rope;
   const float* absorbed = p.absorbed + h * p.lora;
   const float* rest = p.q + h * (p.nope + p.rope) + p.nope;
   const float2* angles = reinterpret_cast<const float2*>(p.rows.rope) + t * (p.rope / 2);
   uint16_t* out = p.out + h * width;
   for (int i = threadIdx.x; i < width; i += kThreads) {
-    out[i] = Bf16((i < p.lora ? absorbed[i] : Rotated(rest, angles, i - p.lora)) * p.scale);
+    const float v = (i < p.lora ? absorbed[i] : Rotated(rest, angles, i - p.lora)) * p.scale;
+    out[i] = p.type == kCacheBf16 ? Bf16(v) : F16(v);
   }
 }
 
@@ -77,6 +106,13 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
   __shared__ float scores[kMostExperts], selection[kMostExperts], group[kMostExperts];
   const int64_t t = blockIdx.x;
   const int lane = threadIdx.x, n = p.experts;
+  if (p.position != nullptr && p.position[t] < 0) {
+    for (int k = lane; k < p.top_k; k += 32) {
+      p.ids[t * p.top_k + k] = -1;
+      p.weights[t * p.top_k + k] = 0;
+    }
+    return;
+  }
   const float* logits = p.logits + t * n;
   float top = kOut, sum = 0;
   if (!p.sigmoid) {

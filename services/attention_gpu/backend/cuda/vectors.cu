@@ -88,27 +88,63 @@ __global__ void __launch_bounds__(kThreads) ToHalf(const QuantizeParams p) {
   if (threadIdx.x == 0) p.h_scale[row] = finite ? ldexpf(1.0f, exponent - 14) : NAN;
 }
 
-__global__ void __launch_bounds__(kThreads) RmsNorm(const RmsNormParams p) {
+// A block for a row; its threads keep what they have read, but for long rows.
+template <int kNormThreads>
+__global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
+  constexpr int kKept = 2;
   const int64_t row = blockIdx.x;
   const int64_t from = p.row_ids != nullptr ? p.row_ids[row] : row;
   const float4* x = reinterpret_cast<const float4*>(p.x + from * p.x_stride);
+  const float4* add = reinterpret_cast<const float4*>(p.add + from * p.x_stride);
+  const float4* add2 = reinterpret_cast<const float4*>(p.add2 + from * p.x_stride);
+  float4* x_out = reinterpret_cast<float4*>(p.x_out + from * p.x_stride);
+  const bool adds = p.add != nullptr, adds2 = p.add2 != nullptr, stores = adds && p.row_ids == nullptr;
   const int64_t fours = p.cols >> 2;
   float sum = 0;
-  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
-    const float4 v = x[i];
+  auto read = [&](int64_t i) {
+    float4 v = x[i];
+    if (adds) {
+      const float4 a = add[i];
+      v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
+    }
+    if (adds2) {
+      const float4 a = add2[i];
+      v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
+    }
+    return v;
+  };
+  auto first = [&](int64_t i) {
+    const float4 v = read(i);
+    if (stores) x_out[i] = v;
     sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum),
     sum = fmaf(v.w, v.w, sum);
+    return v;
+  };
+  float4 kept[kKept];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t i = threadIdx.x + k * kNormThreads;
+    if (i < fours) kept[k] = first(i);
   }
-  sum = BlockReduce<kThreads>(sum, [](float a, float b) { return a + b; });
+  for (int64_t i = threadIdx.x + kKept * kNormThreads; i < fours; i += kNormThreads) first(i);
+  sum = BlockReduce<kNormThreads>(sum, [](float a, float b) { return a + b; });
   const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.cols) + p.eps);
   const float4* weight = reinterpret_cast<const float4*>(p.weight);
   float4* y = reinterpret_cast<float4*>(p.y + row * p.cols);
-  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
-    const float4 v = x[i], w = __ldg(weight + i);
+  auto second = [&](int64_t i, const float4& v) {
+    const float4 w = __ldg(weight + i);
     const float4 out =
         make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
     y[i] = out;
     if (p.q != nullptr) QuantizeFour(out, row, i, {p.q, p.q_meta, p.rows, p.cols, 1});
+  };
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t i = threadIdx.x + k * kNormThreads;
+    if (i < fours) second(i, kept[k]);
+  }
+  for (int64_t i = threadIdx.x + kKept * kNormThreads; i < fours; i += kNormThreads) {
+    second(i, stores ? x_out[i] : read(i));
   }
 }
 
@@ -190,7 +226,15 @@ cudaError_t LaunchToHalf(const QuantizeParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.rows <= 0) return cudaSuccess;
-  RmsNorm<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
+  if (p.add == nullptr ? p.add2 != nullptr : p.row_ids == nullptr && p.x_out == nullptr) {
+    return cudaErrorInvalidValue;
+  }
+  // By the width alone: the order of the sum must not depend on the batch.
+  if (p.cols > 4096) {
+    RmsNorm<1024><<<static_cast<unsigned>(p.rows), 1024, 0, stream>>>(p);
+  } else {
+    RmsNorm<kThreads><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 

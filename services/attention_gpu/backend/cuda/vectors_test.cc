@@ -48,6 +48,52 @@ TEST(CudaVectors, RmsNormAndItsInt8Form) {
   }
 }
 
+// x + add + add2 in one launch: the sums, their norm and its int8 form, and the same bits in any company.
+TEST(CudaVectors, RmsNormOfASum) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(8);
+  for (int64_t cols : {64, 2560, 7168, 9216}) {
+    const int64_t rows = 3;
+    const auto x = Gaussian(rng, rows * cols, 30), a = Gaussian(rng, rows * cols, 3),
+               b = Gaussian(rng, rows * cols), weight = Gaussian(rng, cols);
+    const DeviceArray<float> d_a(a), d_b(b), d_weight(weight);
+    for (const bool two : {false, true}) {
+      std::vector<float> sums(x);
+      for (size_t i = 0; i < x.size(); ++i) sums[i] = two ? x[i] + a[i] + b[i] : x[i] + a[i];
+      const DeviceArray<float> d_x(x), d_sums(sums), y(rows * cols), want(rows * cols);
+      RmsNormParams p;
+      p.x = p.x_out = d_x.get();
+      p.add = d_a.get();
+      p.add2 = two ? d_b.get() : nullptr;
+      p.x_stride = p.cols = cols;
+      p.weight = d_weight.get();
+      p.eps = kEps;
+      p.y = y.get();
+      p.rows = rows;
+      Check(LaunchRmsNorm(p, nullptr));
+      EXPECT_EQ(d_x.Download(), sums);
+      p.x = d_sums.get();
+      p.add = p.add2 = nullptr;
+      p.y = want.get();
+      Check(LaunchRmsNorm(p, nullptr));
+      EXPECT_EQ(y.Download(), want.Download());
+      // The last row alone, and of the rows that row_ids name.
+      const DeviceArray<float> alone(cols), fresh(x);
+      const DeviceArray<int32_t> id(std::vector<int32_t>{2});
+      p.x = fresh.get();
+      p.x_out = nullptr;
+      p.row_ids = id.get();
+      p.add = d_a.get();
+      p.add2 = two ? d_b.get() : nullptr;
+      p.y = alone.get();
+      p.rows = 1;
+      Check(LaunchRmsNorm(p, nullptr));
+      EXPECT_TRUE(testing::SameBits(alone.Download().data(), want.Download().data() + 2 * cols, cols));
+      EXPECT_EQ(fresh.Download(), x);
+    }
+  }
+}
+
 TEST(CudaVectors, SiluMulInPlace) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(2);
@@ -91,12 +137,13 @@ TEST(CudaVectors, EmbeddingDecodesEveryType) {
   }
 }
 
-TEST(CudaVectors, CacheEntriesAndQueries) {
-  TANDEM_NEEDS_GPU();
+void ExpectCacheEntriesAndQueries(CacheType type) {
   std::mt19937 rng(4);
   const int32_t lora = 512, rope = 64, width = lora + rope, heads = 3, nope = 128, page_tokens = 32;
-  const std::vector<int32_t> position = {0, 31, 32, 70}, first_page = {2, 2, 2, 0}, pages = {6, 1, 4, 0, 5};
-  const int64_t n = 4;
+  // The last row is padding.
+  const std::vector<int32_t> position = {0, 31, 32, 70, -1}, first_page = {2, 2, 2, 0, 1 << 30},
+                             pages = {6, 1, 4, 0, 5};
+  const int64_t n = 5, row_bytes = CacheRowBytes(type, lora, rope);
   const auto kv = Gaussian(rng, n * width), weight = Gaussian(rng, lora),
              absorbed = Gaussian(rng, n * heads * lora), q = Gaussian(rng, n * heads * (nope + rope)),
              angle = Gaussian(rng, n * rope / 2);
@@ -104,32 +151,61 @@ TEST(CudaVectors, CacheEntriesAndQueries) {
   for (float a : angle) turns.insert(turns.end(), {std::cos(a), std::sin(a)});
   const DeviceArray<int32_t> d_position(position), d_first(first_page), d_pages(pages);
   const DeviceArray<float> d_kv(kv), d_weight(weight), d_absorbed(absorbed), d_q(q), d_turns(turns);
-  const DeviceArray<uint16_t> cache(7 * page_tokens * width), query(n * heads * width);
+  const DeviceArray<uint8_t> cache(7 * page_tokens * row_bytes);
+  const DeviceArray<uint16_t> query(n * heads * width);
   const StepRows rows{d_position.get(), d_first.get(), d_pages.get(), page_tokens, d_turns.get()};
-  Check(LaunchCacheWrite({rows, d_kv.get(), d_weight.get(), kEps, cache.get(), n, lora, rope}, nullptr));
+  Check(
+      LaunchCacheWrite({rows, d_kv.get(), d_weight.get(), kEps, cache.get(), n, lora, rope, type}, nullptr));
   const float scale = 0.125f;
-  Check(LaunchQuery({rows, d_absorbed.get(), d_q.get(), scale, query.get(), n, heads, lora, nope, rope},
+  Check(LaunchQuery({rows, d_absorbed.get(), d_q.get(), scale, query.get(), n, heads, lora, nope, rope, type},
                     nullptr));
 
   auto rotated = [&](const float* v, int64_t t, int i) {
     const float c = turns[(t * rope / 2 + i / 2) * 2], s = turns[(t * rope / 2 + i / 2) * 2 + 1];
     return i % 2 == 0 ? v[i] * c - v[i + 1] * s : v[i - 1] * s + v[i] * c;
   };
-  auto close = [](uint16_t got, float want) {
-    return std::fabs(quant::Bf16ToFloat(got) - want) <= std::fabs(want) * 0.0040f + 1e-6f;
+  const bool wide = type == kCacheBf16;
+  auto close = [&](uint16_t got, float want) {
+    return wide ? std::fabs(quant::Bf16ToFloat(got) - want) <= std::fabs(want) * 0.0040f + 1e-6f
+                : std::fabs(quant::HalfToFloat(got) - want) <= std::fabs(want) * 0.0005f + 1e-6f;
   };
-  const auto got_cache = cache.Download(), got_query = query.Download();
-  size_t written = 0;
-  for (uint16_t v : got_cache) written += v != 0xffff;
-  EXPECT_EQ(written, static_cast<size_t>(n * width)) << "only the rows' own entries are written";
-  std::vector<float> normed(lora);
+  const auto got_cache = cache.Download();
+  const auto got_query = query.Download();
+  std::vector<bool> own(7 * page_tokens);
   for (int64_t t = 0; t < n; ++t) {
+    if (position[t] >= 0) {
+      own[pages[first_page[t] + position[t] / page_tokens] * page_tokens + position[t] % page_tokens] = true;
+    }
+  }
+  for (size_t i = 0; i < got_cache.size(); ++i) {
+    if (own[i / row_bytes]) continue;
+    ASSERT_EQ(got_cache[i], 0xff) << "only the rows' own entries are written";
+  }
+  for (size_t i = (n - 1) * heads * width; i < got_query.size(); ++i) ASSERT_EQ(got_query[i], 0xffff);
+  std::vector<float> normed(lora);
+  for (int64_t t = 0; t + 1 < n; ++t) {
     kernels::RmsNorm(kv.data() + t * width, weight.data(), kEps, normed.data(), lora);
     const int32_t page = pages[first_page[t] + position[t] / page_tokens];
-    const uint16_t* entry = got_cache.data() + (page * page_tokens + position[t] % page_tokens) * width;
+    const uint8_t* entry = got_cache.data() + (page * page_tokens + position[t] % page_tokens) * row_bytes;
+    auto value = [&](size_t byte) {
+      uint16_t v;
+      std::memcpy(&v, entry + byte, sizeof v);
+      return v;
+    };
+    float scale8 = 0, largest = 0;
+    if (!wide) {
+      std::memcpy(&scale8, entry + lora + 2 * rope, sizeof scale8);
+      for (float v : normed) largest = std::max(largest, std::fabs(v));
+      ASSERT_NEAR(scale8, largest / 127, largest * 1e-7);
+    }
     for (int i = 0; i < width; ++i) {
       const float want = i < lora ? normed[i] : rotated(kv.data() + t * width + lora, t, i - lora);
-      ASSERT_TRUE(close(entry[i], want)) << "cache, row " << t << ", " << i;
+      if (!wide && i < lora) {
+        ASSERT_LE(std::fabs((entry[i] - 128) * scale8 - want), scale8 * 0.501f) << "row " << t << ", " << i;
+      } else {
+        const size_t byte = wide ? 2 * i : lora + 2 * (i - lora);
+        ASSERT_TRUE(close(value(byte), want)) << "cache, row " << t << ", " << i;
+      }
     }
     for (int h = 0; h < heads; ++h) {
       const float* rest = q.data() + (t * heads + h) * (nope + rope) + nope;
@@ -140,6 +216,43 @@ TEST(CudaVectors, CacheEntriesAndQueries) {
       }
     }
   }
+}
+
+TEST(CudaVectors, CacheEntriesAndQueries) {
+  TANDEM_NEEDS_GPU();
+  EXPECT_EQ(CacheRowBytes(kCacheBf16, 512, 64), 1152);
+  EXPECT_EQ(CacheRowBytes(kCacheInt8, 512, 64), 656);
+  for (const CacheType type : {kCacheBf16, kCacheInt8}) ExpectCacheEntriesAndQueries(type);
+}
+
+// A latent that is not finite must not look like one that is.
+TEST(CudaVectors, BrokenLatentsStayVisibleInAnInt8Cache) {
+  TANDEM_NEEDS_GPU();
+  const int32_t lora = 256, rope = 32;
+  const std::vector<int32_t> position = {0, 1}, first_page = {0, 0}, pages = {0};
+  std::vector<float> kv(2 * (lora + rope), 1.0f);
+  kv[7] = kNan;
+  std::fill_n(kv.begin() + lora + rope, lora, 0.0f);
+  const DeviceArray<float> d_kv(kv), weight(std::vector<float>(lora, 1.0f)),
+      turns(std::vector<float>(2 * rope, 1.0f));
+  const DeviceArray<int32_t> d_position(position), d_first(first_page), d_pages(pages);
+  const int64_t row_bytes = CacheRowBytes(kCacheInt8, lora, rope);
+  const DeviceArray<uint8_t> cache(32 * row_bytes);
+  Check(LaunchCacheWrite({{d_position.get(), d_first.get(), d_pages.get(), 32, turns.get()},
+                          d_kv.get(),
+                          weight.get(),
+                          kEps,
+                          cache.get(),
+                          2,
+                          lora,
+                          rope,
+                          kCacheInt8},
+                         nullptr));
+  const auto got = cache.Download();
+  float scale[2];
+  for (int t : {0, 1}) std::memcpy(&scale[t], got.data() + t * row_bytes + lora + 2 * rope, sizeof(float));
+  EXPECT_TRUE(std::isnan(scale[0]));
+  EXPECT_EQ(scale[1], 0.0f);
 }
 
 model::ModelConfig RouterConfig(int experts, int groups, int kept, int k, bool sigmoid) {
@@ -200,6 +313,28 @@ TEST(CudaVectors, RoutesAsTheCpuDoes) {
         RouterConfig(160, 8, 3, 6, false), RouterConfig(384, 1, 1, 8, true)}) {
     const auto bias = c.norm_topk_prob ? Gaussian(rng, c.n_routed_experts, 0.1f) : std::vector<float>();
     ExpectRoutes(c, Gaussian(rng, 200 * c.n_routed_experts, 2), bias);
+  }
+}
+
+TEST(CudaVectors, RowsOfPaddingAreRoutedNowhere) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(9);
+  const DeviceArray<float> logits(Gaussian(rng, 3 * 16)), weights(3 * 4);
+  const DeviceArray<int32_t> ids(3 * 4), position(std::vector<int32_t>{5, -1, 0});
+  RouteParams p;
+  p.logits = logits.get();
+  p.ids = ids.get();
+  p.weights = weights.get();
+  p.n = 3;
+  p.experts = 16;
+  p.top_k = 4;
+  p.position = position.get();
+  Check(LaunchRoute(p, nullptr));
+  const auto got = ids.Download();
+  const auto shares = weights.Download();
+  for (int i = 0; i < 12; ++i) {
+    EXPECT_EQ(got[i] == -1, i / 4 == 1);
+    EXPECT_EQ(shares[i] == 0, i / 4 == 1);
   }
 }
 

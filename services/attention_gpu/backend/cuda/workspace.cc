@@ -7,14 +7,23 @@
 #include "common/base/status_macros.h"
 
 namespace tandem::attention::cuda {
+namespace {
+constexpr int64_t kMostParts = 512;
+}  // namespace
 
-Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens) : c_(c) {
+Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t cache_tokens)
+    : c_(c),
+      piece_(std::min(max_tokens, kPiece)),
+      // So that sequences that fill the cache, a token each, make one launch where they share nothing.
+      parts_(std::clamp<int64_t>(cache_tokens / kSplitTokens + 16, kMaxSplits, kMostParts)) {
   const int64_t heads = c.num_attention_heads, width = c.latent_dim(), hidden = c.hidden_size;
   int64_t inner = c.n_shared_experts * c.moe_intermediate_size;
   if (c.first_k_dense_replace > 0 || c.num_moe_layers() == 0) inner = std::max(inner, c.intermediate_size);
-  const int64_t n = max_tokens;
-  device_.Want(&x, n * hidden);
-  device_.Want(&normed, std::max(n, kLogitsRows) * hidden);
+  device_.Want(&x, max_tokens * hidden);
+  device_.Want(&normed, std::max(max_tokens, kLogitsRows) * hidden);
+  device_.Want(&expert_ids, max_tokens * c.num_experts_per_tok);
+  device_.Want(&expert_weights, max_tokens * c.num_experts_per_tok);
+  const int64_t n = piece_;
   device_.Want(&q_a, n * c.q_lora_rank);
   device_.Want(&q, n * heads * c.qk_head_dim());
   device_.Want(&kv, n * width);
@@ -24,13 +33,9 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens) : c_(c) {
   device_.Want(&gate, n * inner);
   device_.Want(&up, n * inner);
   device_.Want(&router_logits, n * c.n_routed_experts);
-  device_.Want(&expert_ids, n * c.num_experts_per_tok);
-  device_.Want(&expert_weights, n * c.num_experts_per_tok);
-  device_.Want(&routed, n * hidden);
-  device_.Want(&partial, kParts * heads * c.kv_lora_rank);
-  device_.Want(&partial_state, kParts * heads);
+  device_.Want(&partial, parts_ * heads * c.kv_lora_rank);
+  device_.Want(&partial_state, parts_ * heads);
   device_.Want(&logits, kLogitsRows * c.vocab_size);
-  device_.Want(&best_tokens, kLogitsRows);
   // The widest activations of a token: per head latents, what attention gives, the FFN's inner values.
   const int64_t widest = std::max({heads * c.kv_lora_rank, heads * c.v_head_dim, heads * c.qk_nope_head_dim,
                                    inner, hidden, c.q_lora_rank});
@@ -38,32 +43,37 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens) : c_(c) {
   device_.Want(&form_q_meta, kMaxColumns * widest / 32);
   device_.Want(&form_h, std::max(n, kLogitsRows) * widest);
   device_.Want(&form_h_scale, std::max(n, kLogitsRows) * heads);
-
-  host_.Want(&host_normed, n * hidden);
-  host_.Want(&host_routed, n * hidden);
-  host_.Want(&host_expert_ids, n * c.num_experts_per_tok);
-  host_.Want(&host_expert_weights, n * c.num_experts_per_tok);
-  host_.Want(&host_logits, kLogitsRows * c.vocab_size);
-  host_.Want(&host_best_tokens, kLogitsRows);
 }
 
-absl::Status Workspace::Allocate() {
-  TANDEM_RETURN_IF_ERROR(device_.Allocate("the buffers of a step"));
-  TANDEM_RETURN_IF_ERROR(host_.Allocate("the buffers of a step"));
-  return Reserve(int64_t{1} << 16);
-}
+absl::Status Workspace::Allocate() { return device_.Allocate("the buffers of a step"); }
 
 Workspace::~Workspace() {
   if (host_words_ != nullptr) cudaFreeHost(host_words_);
   if (device_words_ != nullptr) cudaFree(device_words_);
 }
 
-absl::Status Workspace::Reserve(int64_t words) {
+Workspace::Places Workspace::PlacesOf(int64_t n, int64_t pairs) {
+  Places at;
+  // The angles first: they are read in pairs and must be aligned to 8 bytes. The tables last: all other
+  // places follow from the number of rows alone.
+  at.token = at.angle + n * 2 * pairs;
+  at.position = at.token + n;
+  at.first_page = at.position + n;
+  at.split = at.first_page + n;
+  at.part = at.split + n;
+  at.want = at.part + n;
+  at.table = at.want + n;
+  return at;
+}
+
+absl::Status Workspace::Reserve(int64_t rows, int64_t pairs, int64_t pages) {
+  int64_t words = PlacesOf(rows, pairs).table + pages;
   if (words <= words_) return absl::OkStatus();
   if (host_words_ != nullptr) cudaFreeHost(host_words_);
   if (device_words_ != nullptr) cudaFree(device_words_);
   host_words_ = device_words_ = nullptr;
   words_ = 0;
+  ++generation_;
   words += words / 2;
   TANDEM_RETURN_IF_ERROR(
       ToStatus(cudaMallocHost(reinterpret_cast<void**>(&host_words_), words * 4), "page tables"));
@@ -73,6 +83,33 @@ absl::Status Workspace::Reserve(int64_t words) {
   return absl::OkStatus();
 }
 
+void Workspace::PointAt(const Places& at, int32_t page_tokens) {
+  auto ints = [&](int64_t place) { return reinterpret_cast<const int32_t*>(device_words_ + place); };
+  tokens = ints(at.token);
+  rows.position = ints(at.position);
+  rows.first_page = ints(at.first_page);
+  splits = ints(at.split);
+  first_partial = ints(at.part);
+  wanted_rows = ints(at.want);
+  rows.pages = ints(at.table);
+  rows.page_tokens = page_tokens;
+  rows.rope = reinterpret_cast<const float*>(device_words_ + at.angle);
+}
+
+void Workspace::Point(int64_t count, int64_t pairs, int32_t page_tokens, int32_t most_splits) {
+  n = count;
+  PointAt(PlacesOf(count, pairs), page_tokens);
+  ranges = {{0, count, most_splits}};
+}
+
+StepRows Workspace::RowsFrom(int64_t row) const {
+  StepRows out = rows;
+  out.position += row;
+  out.first_page += row;
+  out.rope += row * c_.qk_rope_head_dim;
+  return out;
+}
+
 absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> frequencies,
                                int32_t page_tokens, cudaStream_t stream) {
   n = static_cast<int64_t>(batch.tokens.size());
@@ -80,25 +117,18 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   int64_t pages = 0;
   for (const StepSequence& s : batch.sequences)
     pages += (s.position + s.count + page_tokens - 1) / page_tokens;
-  TANDEM_RETURN_IF_ERROR(Reserve(n * (6 + 2 * pairs) + pages));
+  TANDEM_RETURN_IF_ERROR(Reserve(n, pairs, pages));
 
-  int64_t used = 0;
-  auto take = [&](int64_t count) {
-    uint32_t* p = host_words_ + used;
-    used += count;
-    return p;
-  };
-  auto device = [&](const uint32_t* p) { return device_words_ + (p - host_words_); };
-  // The angles first: they are read in pairs and must be aligned to 8 bytes.
-  uint32_t* angle = take(n * 2 * pairs);
-  auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count)); };
-  int32_t* token = ints(n);
-  int32_t* position = ints(n);
-  int32_t* first_page = ints(n);
-  int32_t* split = ints(n);
-  int32_t* part = ints(n);
-  int32_t* want = ints(n);
-  int32_t* table = ints(pages);
+  const Places at_word = PlacesOf(n, pairs);
+  uint32_t* const angle = host_words_ + at_word.angle;
+  auto ints = [&](int64_t place) { return reinterpret_cast<int32_t*>(host_words_ + place); };
+  int32_t* const token = ints(at_word.token);
+  int32_t* const position = ints(at_word.position);
+  int32_t* const first_page = ints(at_word.first_page);
+  int32_t* const split = ints(at_word.split);
+  int32_t* const part = ints(at_word.part);
+  int32_t* const want = ints(at_word.want);
+  int32_t* const table = ints(at_word.table);
 
   std::copy(batch.tokens.begin(), batch.tokens.end(), token);
   int32_t at = 0;
@@ -123,7 +153,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   int64_t parts = 0;
   for (int64_t t = 0; t < n; ++t) {
     const int64_t needed = split[t] > 1 ? split[t] : 0;
-    if (ranges.empty() || parts + needed > kParts) {
+    if (ranges.empty() || parts + needed > parts_ || t % piece_ == 0) {
       ranges.push_back({t, 0, 1});
       parts = 0;
     }
@@ -143,19 +173,9 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   }
   std::copy(wanted.begin(), wanted.end(), want);
 
-  auto device_ints = [&](const int32_t* p) {
-    return reinterpret_cast<const int32_t*>(device(reinterpret_cast<const uint32_t*>(p)));
-  };
-  tokens = device_ints(token);
-  rows.position = device_ints(position);
-  rows.first_page = device_ints(first_page);
-  splits = device_ints(split);
-  first_partial = device_ints(part);
-  wanted_rows = device_ints(want);
-  rows.pages = device_ints(table);
-  rows.page_tokens = page_tokens;
-  rows.rope = reinterpret_cast<const float*>(device(angle));
-  return ToStatus(cudaMemcpyAsync(device_words_, host_words_, used * 4, cudaMemcpyHostToDevice, stream),
+  PointAt(at_word, page_tokens);
+  return ToStatus(cudaMemcpyAsync(device_words_, host_words_, (at_word.table + pages) * 4,
+                                  cudaMemcpyHostToDevice, stream),
                   "the description of a step");
 }
 

@@ -21,10 +21,11 @@ struct AttentionRange {
 
 class Workspace {
  public:
-  static constexpr int64_t kParts = 128;      // of attention, in one launch; kMaxSplits at least
   static constexpr int64_t kLogitsRows = 64;  // logits computed together
+  static constexpr int64_t kPiece = 512;      // tokens that pass a layer's dense part together
 
-  Workspace(const model::ModelConfig& config, int64_t max_tokens);
+  // For steps of up to max_tokens; cache_tokens are in the KV cache of all sequences.
+  Workspace(const model::ModelConfig& config, int64_t max_tokens, int64_t cache_tokens);
   uint64_t bytes() const { return device_.bytes(); }  // of device memory
   absl::Status Allocate();
   ~Workspace();
@@ -34,6 +35,15 @@ class Workspace {
   // must have finished on the device.
   absl::Status LayOut(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens,
                       cudaStream_t stream);
+  // Points everything at where LayOut puts it for a step of `n` rows, all sampled, one range: for a graph,
+  // which stays good as long as `generation` does not change.
+  void Point(int64_t n, int64_t pairs, int32_t page_tokens, int32_t most_splits);
+  uint64_t generation() const { return generation_; }
+  // Room for the description of steps with so many rows and entries of page tables.
+  absl::Status Reserve(int64_t rows, int64_t pairs, int64_t pages);
+
+  int64_t piece_tokens() const { return piece_; }
+  StepRows RowsFrom(int64_t row) const;
 
   // What LayOut made. Device memory.
   int64_t n = 0;
@@ -46,9 +56,12 @@ class Workspace {
   std::vector<int32_t> wanted;
   const int32_t* wanted_rows = nullptr;
 
-  // [max_tokens, ...] each, device memory.
-  float* x = nullptr;              // [hidden]
-  float* normed = nullptr;         // [hidden]
+  // Device memory. [max_tokens, ...] each:
+  float* x = nullptr;             // [hidden]
+  float* normed = nullptr;        // [hidden]
+  int32_t* expert_ids = nullptr;  // [k]
+  float* expert_weights = nullptr;
+  // [piece_tokens, ...] each:
   float* q_a = nullptr;            // [q_lora]
   float* q = nullptr;              // [heads, qk]
   float* kv = nullptr;             // [lora + rope]
@@ -58,32 +71,28 @@ class Workspace {
   float* gate = nullptr;           // [inner]
   float* up = nullptr;             // [inner]
   float* router_logits = nullptr;  // [experts]
-  int32_t* expert_ids = nullptr;   // [k]
-  float* expert_weights = nullptr;
-  float* routed = nullptr;  // [hidden]
-  float* partial = nullptr;
+  float* partial = nullptr;        // [parts of a launch, heads, lora]
   float2* partial_state = nullptr;
-  float* logits = nullptr;         // [kLogitsRows, vocab]
-  int32_t* best_tokens = nullptr;  // [kLogitsRows]
+  float* logits = nullptr;  // [kLogitsRows, vocab]
   // The forms of activations, for whatever product is next.
   int8_t* form_q = nullptr;
   float2* form_q_meta = nullptr;
   uint16_t* form_h = nullptr;
   float* form_h_scale = nullptr;
 
-  // Page-locked host memory.
-  float* host_normed = nullptr;
-  float* host_routed = nullptr;
-  int32_t* host_expert_ids = nullptr;
-  float* host_expert_weights = nullptr;
-  float* host_logits = nullptr;
-  int32_t* host_best_tokens = nullptr;
-
  private:
-  absl::Status Reserve(int64_t words);  // of the description
+  // The parts of the description, in 4-byte words from its beginning.
+  struct Places {
+    int64_t angle = 0, token = 0, position = 0, first_page = 0, split = 0, part = 0, want = 0, table = 0;
+  };
+  static Places PlacesOf(int64_t n, int64_t pairs);
+  void PointAt(const Places& places, int32_t page_tokens);
 
   const model::ModelConfig c_;
-  Arena device_{Arena::Kind::kDevice}, host_{Arena::Kind::kPinnedHost};
+  const int64_t piece_;
+  const int64_t parts_;      // of attention, in one launch; kMaxSplits at least
+  uint64_t generation_ = 0;  // of the description's place
+  Arena device_{Arena::Kind::kDevice};
   // The description of the step, 4-byte words, on both sides; grows with the page tables.
   uint32_t* host_words_ = nullptr;
   uint32_t* device_words_ = nullptr;

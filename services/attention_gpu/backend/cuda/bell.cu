@@ -1,0 +1,147 @@
+// Requests into shared memory, answers out of it.
+//
+// Order. A block's writes to host memory, then a fence of system scope, then the count of blocks that are
+// done; the last block raises the bells with release. Where a stream operation raises them, the kernel's end
+// orders the writes before it. The waiting side reads the flag with acquire; the answer itself is read past
+// the caches, since the GPU's do not see what the host writes.
+#include <cuda_bf16.h>
+
+#include "services/attention_gpu/backend/cuda/bell_kernels.h"
+
+namespace tandem::attention::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostBlocks = 64;
+constexpr unsigned kPause = 100;  // nanoseconds between two looks over the bus
+
+__device__ __forceinline__ void StoreRelease(uint8_t* p, uint32_t v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t LoadAcquire(const uint8_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ T LoadOnce(const T* p) {
+  return *const_cast<const volatile T*>(p);
+}
+
+__device__ __forceinline__ uint32_t PackBf16(float a, float b) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+__global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
+  const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = thread; i < values; i += threads) {
+    const float4 v = reinterpret_cast<const float4*>(p.normed)[i];
+    for (int r = 0; r < p.count; ++r) {
+      uint8_t* to = p.rings[r].slot + p.at.input;
+      if (p.float_input) {
+        reinterpret_cast<float4*>(to)[i] = v;
+      } else {
+        reinterpret_cast<uint2*>(to)[i] = make_uint2(PackBf16(v.x, v.y), PackBf16(v.z, v.w));
+      }
+    }
+  }
+  for (int64_t i = thread; i < pairs; i += threads) {
+    for (int r = 0; r < p.count; ++r) {
+      reinterpret_cast<int32_t*>(p.rings[r].slot + p.at.ids)[i] = p.ids[i];
+      reinterpret_cast<float*>(p.rings[r].slot + p.at.weights)[i] = p.weights[i];
+    }
+  }
+  if (thread < p.count) {
+    const RingState& ring = p.rings[thread];
+    WireRequest& to = *reinterpret_cast<WireRequest*>(ring.slot + p.at.request);
+    to.sequence = ring.first + p.index;
+    to.epoch = ring.epoch;
+    to.layer = p.layer;
+    to.rows = static_cast<uint32_t>(p.n);
+    to.pairs = static_cast<uint32_t>(p.k);
+    to.input_type = p.input_type;
+    to.output_type = p.output_type;
+  }
+  if (!p.ring) return;
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x != 0 || atomicAdd(p.blocks_done, 1) != gridDim.x - 1) return;
+  *p.blocks_done = 0;
+  __threadfence_system();
+  for (int r = 0; r < p.count; ++r) {
+    StoreRelease(p.rings[r].slot + p.at.bell, static_cast<uint32_t>(p.rings[r].first) + p.index);
+  }
+}
+
+__device__ __forceinline__ bool Stopped(const AnswerParams& p) { return p.wait && LoadOnce(p.stop) != 0; }
+
+// Whether ring r has answered the call, and with success.
+__device__ bool Answered(const AnswerParams& p, int r) {
+  const RingState& ring = p.rings[r];
+  const uint8_t* flag = ring.slot + p.at.answered;
+  const auto number = static_cast<uint32_t>(ring.first) + p.index;
+  while (static_cast<int32_t>(LoadAcquire(flag) - number) < 0) {
+    if (!p.wait || Stopped(p)) return false;
+    __nanosleep(kPause);
+  }
+  const auto* answer = reinterpret_cast<const WireAnswer*>(ring.slot + p.at.answer);
+  return LoadOnce(&answer->sequence) == ring.first + p.index && LoadOnce(&answer->epoch) == ring.epoch &&
+         LoadOnce(&answer->status) == 0;
+}
+
+__global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
+  __shared__ int good;
+  if (threadIdx.x == 0) {
+    bool all = true;
+    for (int r = 0; r < p.count; ++r) all = Answered(p, r) && all;
+    good = all ? 1 : 0;
+    if (!all && blockIdx.x == 0 && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
+  }
+  __syncthreads();
+  if (good == 0) return;
+  const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < values;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    float4 sum = make_float4(0, 0, 0, 0);
+    if (p.double_output) {
+      double2 low = {0, 0}, high = {0, 0};
+      for (int r = 0; r < p.count; ++r) {
+        const auto* from = reinterpret_cast<const double2*>(p.rings[r].slot + p.at.output) + 2 * i;
+        const double2 a = __ldcv(from), b = __ldcv(from + 1);
+        low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
+      }
+      sum = make_float4(static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
+                        static_cast<float>(high.y));
+    } else {
+      sum = __ldcv(reinterpret_cast<const float4*>(p.rings[0].slot + p.at.output) + i);
+    }
+    float4& x = reinterpret_cast<float4*>(p.x)[i];
+    x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
+  }
+}
+
+unsigned Blocks(int64_t n, int64_t hidden, int most) {
+  const int64_t blocks = (n * hidden / 4 + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks > most ? most : blocks);
+}
+
+}  // namespace
+
+cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream) {
+  if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
+  Ask<<<Blocks(p.n, p.hidden, 4 * kMostBlocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream) {
+  if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
+  if (!p.double_output && p.count != 1) return cudaErrorInvalidValue;
+  // Few blocks look over the bus; the rest of the GPU stays free.
+  Add<<<Blocks(p.n, p.hidden, kMostBlocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace tandem::attention::cuda

@@ -1,0 +1,72 @@
+// The kernels by which the GPU calls expert processes through shared memory: requests are written straight
+// into the region (common/shm/call_region.h), answers are read from there. Read by the host compiler and
+// nvcc.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace tandem::attention::cuda {
+
+constexpr int kMostRings = 16;
+
+// One process's slot as the GPU sees it; in device memory, new for every run of calls.
+struct RingState {
+  uint8_t* slot = nullptr;  // mapped host memory
+  uint64_t epoch = 0;
+  uint64_t first = 0;  // number of the run's first call
+};
+
+// Where things are in a slot, bytes from its beginning.
+struct SlotOffsets {
+  uint32_t bell = 0, answered = 0;   // the flags' 32-bit numbers
+  uint32_t request = 0, answer = 0;  // WireRequest, WireAnswer
+  uint64_t ids = 0, weights = 0, input = 0, output = 0;
+};
+
+// shm::RequestHeader and the part of shm::AnswerHeader that counts; bell.cc checks that they are the same.
+struct WireRequest {
+  uint64_t sequence, epoch;
+  uint32_t layer, rows, pairs, input_type, output_type;
+};
+struct WireAnswer {
+  uint64_t sequence, epoch;
+  uint32_t status;
+};
+
+struct AskParams {
+  const RingState* rings = nullptr;  // [count]
+  int32_t count = 0;
+  SlotOffsets at;
+  uint32_t index = 0;  // of the call in the run
+  uint32_t layer = 0;
+  uint32_t input_type = 0, output_type = 0;  // shm::ValueType
+  bool float_input = false;                  // else bfloat16
+  const float* normed = nullptr;             // [n, hidden]; hidden a multiple of 4
+  const int32_t* ids = nullptr;              // [n, k]
+  const float* weights = nullptr;            // [n, k]
+  int32_t n = 0, k = 1, hidden = 0;          // n 0: an empty call
+  // With `ring` the last block raises the bells; else whoever comes next on the stream.
+  bool ring = true;
+  uint32_t* blocks_done = nullptr;  // 0 before and after
+};
+cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream);
+
+struct AnswerParams {
+  const RingState* rings = nullptr;
+  int32_t count = 0;
+  SlotOffsets at;
+  uint32_t index = 0;
+  bool double_output = false;  // F64 answers, whose sum is rounded once; else float32
+  float* x = nullptr;          // [n, hidden] += the answers' sum
+  int32_t n = 0, hidden = 0;
+  // With `wait` each block waits for the answers' flags, until *stop (mapped host memory) is not 0.
+  bool wait = true;
+  const uint32_t* stop = nullptr;
+  // Mapped host memory: the run's first call without an answer that is one, plus 1. Nothing is added then.
+  uint32_t* failed = nullptr;
+};
+cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream);
+
+}  // namespace tandem::attention::cuda

@@ -1,0 +1,281 @@
+#include "services/attention_gpu/backend/cuda/forward.h"
+
+#include <algorithm>
+#include <array>
+
+#include "common/base/status_macros.h"
+#include "services/attention_gpu/backend/cuda/device.h"
+
+namespace tandem::attention::cuda {
+
+template <typename F>
+absl::Status Forward::ForPieces(const F& f) const {
+  for (int64_t at = 0; at < work_.n; at += work_.piece_tokens()) {
+    TANDEM_RETURN_IF_ERROR(f(Piece{at, std::min(work_.piece_tokens(), work_.n - at)}));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Forward::Layers(RoutedExperts* experts, cudaStream_t stream) {
+  stream_ = stream;
+  TANDEM_RETURN_IF_ERROR(
+      ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
+  for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {
+    TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) { return Attention(layer, piece); }));
+    TANDEM_RETURN_IF_ERROR(FeedForward(layer, experts));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Forward::Logits(int64_t first, int64_t count, cudaStream_t stream) {
+  stream_ = stream;
+  TANDEM_ASSIGN_OR_RETURN(const Activations a,
+                          Norm(work_.x, c_.hidden_size, work_.wanted_rows + first, weights_.output_norm,
+                               work_.normed, count, c_.hidden_size));
+  return Run(a, count, {{&weights_.head, work_.logits, c_.vocab_size}});
+}
+
+// y = norm(x), [rows, cols] without gaps. With few columns the int8 form is made in the same pass and
+// returned.
+absl::StatusOr<Activations> Forward::Norm(const float* x, int64_t x_stride, const int32_t* row_ids,
+                                          const float* weight, float* y, int64_t rows, int64_t cols) {
+  RmsNormParams p;
+  p.x = x;
+  p.x_stride = x_stride;
+  p.row_ids = row_ids;
+  p.weight = weight;
+  p.eps = static_cast<float>(c_.rms_norm_eps);
+  p.y = y;
+  p.rows = rows;
+  p.cols = cols;
+  Activations a;
+  a.x = y;
+  a.x_stride = a.cols = cols;
+  if (Small(rows)) {
+    a.q = p.q = work_.form_q;
+    a.q_meta = p.q_meta = work_.form_q_meta;
+  }
+  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchRmsNorm(p, stream_), "a norm"));
+  if (!Small(rows)) TANDEM_RETURN_IF_ERROR(MakeForm(a, rows, false));
+  return a;
+}
+
+// The form of `rows` vectors of a.x that products with quantized weights read.
+absl::Status Forward::MakeForm(Activations& a, int64_t rows, bool small, int64_t heads) {
+  QuantizeParams p;
+  p.x = a.x;
+  p.x_stride = a.x_stride;
+  p.rows = rows;
+  p.cols = a.cols;
+  p.heads = heads;
+  if (small) {
+    a.q = p.q = work_.form_q;
+    a.q_meta = p.q_meta = work_.form_q_meta;
+    return ToStatus(LaunchQuantize(p, stream_), "activations");
+  }
+  a.h = p.h = work_.form_h;
+  a.h_scale = p.h_scale = work_.form_h_scale;
+  return ToStatus(LaunchToHalf(p, stream_), "activations");
+}
+
+absl::Status Forward::Run(const ProductParams& p) {
+  const bool small = Small(p.columns) || p.w.type == kF32;
+  return ToStatus(small ? LaunchMatVec(p, stream_) : LaunchMatMul(p, stream_), "a product");
+}
+
+absl::Status Forward::Run(const Activations& a, int64_t columns, std::initializer_list<Product> products) {
+  std::array<ProductParams, 2> params;
+  int count = 0;
+  for (const Product& one : products) {
+    ProductParams& p = params[count++];
+    p.w = *one.w;
+    p.x = a;
+    p.y = one.y;
+    p.y_column = one.y_column;
+    p.columns = static_cast<int32_t>(columns);
+    p.accumulate = one.accumulate;
+  }
+  if (Small(columns)) return ToStatus(LaunchMatVecs(params.data(), count, stream_), "a product");
+  for (int i = 0; i < count; ++i) TANDEM_RETURN_IF_ERROR(Run(params[i]));
+  return absl::OkStatus();
+}
+
+// For each head: y[t, h, :] = w[h] x[t, h, :]; the heads' vectors of x are x_head apart, those of y y_head.
+absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
+                              int64_t y_head) {
+  const int64_t heads = c_.num_attention_heads;
+  Activations a;
+  a.x = x;
+  a.x_stride = x_head;
+  a.cols = w.cols;
+  const bool small = Small(n);
+  const bool form = small ? !IsFloatType(w.type) : w.type != kF32;
+  if (form) TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
+  ProductParams p;
+  p.w = w;
+  p.x = a;
+  p.x_batch = 1;
+  p.x_column = heads;
+  p.y = y;
+  p.y_batch = y_head;
+  p.y_column = heads * y_head;
+  p.columns = static_cast<int32_t>(n);
+  p.batches = static_cast<int32_t>(heads);
+  return Run(p);
+}
+
+// x += attention(norm(x))
+absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
+  const DeviceLayer& w = weights_.layers[layer];
+  const int64_t n = piece.n, hidden = c_.hidden_size, heads = c_.num_attention_heads;
+  const int64_t width = c_.latent_dim(), qk = c_.qk_head_dim();
+  const auto lora = static_cast<int32_t>(c_.kv_lora_rank), rope = static_cast<int32_t>(c_.qk_rope_head_dim);
+  float* const x = work_.x + piece.first * hidden;
+  const StepRows rows = work_.RowsFrom(piece.first);
+  TANDEM_ASSIGN_OR_RETURN(Activations a, Norm(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
+  if (c_.q_lora_rank > 0) {
+    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_a, work_.q_a, c_.q_lora_rank}, {&w.kv_a, work_.kv, width}}));
+    TANDEM_ASSIGN_OR_RETURN(
+        a, Norm(work_.q_a, c_.q_lora_rank, nullptr, w.q_a_norm, work_.q_a, n, c_.q_lora_rank));
+    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_b, work_.q, heads * qk}}));
+  } else {
+    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q, work_.q, heads * qk}, {&w.kv_a, work_.kv, width}}));
+  }
+
+  CacheWriteParams write;
+  write.rows = rows;
+  write.kv = work_.kv;
+  write.weight = w.kv_a_norm;
+  write.eps = static_cast<float>(c_.rms_norm_eps);
+  write.cache = cache_.Layer(layer);
+  write.type = cache_.type;
+  write.n = n;
+  write.lora = lora;
+  write.rope = rope;
+  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchCacheWrite(write, stream_), "the KV cache"));
+
+  TANDEM_RETURN_IF_ERROR(PerHead(w.k_b, n, work_.q, qk, work_.latents, lora));
+  QueryParams query;
+  query.rows = rows;
+  query.absorbed = work_.latents;
+  query.q = work_.q;
+  query.scale = scale_;
+  query.out = work_.query;
+  query.type = cache_.type;
+  query.n = n;
+  query.heads = static_cast<int32_t>(heads);
+  query.lora = lora;
+  query.nope = static_cast<int32_t>(c_.qk_nope_head_dim);
+  query.rope = rope;
+  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchQuery(query, stream_), "the query"));
+  for (const AttentionRange& range : work_.ranges) {
+    if (range.first < piece.first || range.first >= piece.first + n) continue;
+    TANDEM_RETURN_IF_ERROR(Attend(layer, piece, range));
+  }
+
+  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim));
+  Activations out;
+  out.x = work_.attended;
+  out.x_stride = out.cols = heads * c_.v_head_dim;
+  TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
+  return Run(out, n, {{&w.output, x, hidden, /*accumulate=*/true}});
+}
+
+absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionRange& range) {
+  const int64_t heads = c_.num_attention_heads, lora = c_.kv_lora_rank, at = range.first - piece.first;
+  AttentionParams p;
+  p.rows = work_.RowsFrom(range.first);
+  p.splits = work_.splits + range.first;
+  p.first_partial = work_.first_partial + range.first;
+  p.query = work_.query + at * heads * c_.latent_dim();
+  p.cache = cache_.Layer(layer);
+  p.type = cache_.type;
+  p.out = work_.latents + at * heads * lora;
+  p.partial = work_.partial;
+  p.partial_state = work_.partial_state;
+  p.n = range.count;
+  p.heads = static_cast<int32_t>(heads);
+  p.lora = static_cast<int32_t>(lora);
+  p.rope = static_cast<int32_t>(c_.qk_rope_head_dim);
+  p.most_splits = range.most_splits;
+  return ToStatus(LaunchAttention(p, stream_), "attention");
+}
+
+// x += ffn(norm(x)), dense or routed + shared experts
+absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts) {
+  const DeviceLayer& w = weights_.layers[layer];
+  const int64_t hidden = c_.hidden_size;
+  const bool moe = c_.IsMoe(layer), one_piece = work_.n <= work_.piece_tokens();
+  RoutedCall call;
+  call.layer = layer;
+  call.index = layer - c_.first_k_dense_replace;
+  call.n = work_.n;
+  call.normed = work_.normed;
+  call.ids = work_.expert_ids;
+  call.weights = work_.expert_weights;
+  call.x = work_.x;
+  Activations a;
+  TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) -> absl::Status {
+    const int64_t at = piece.first * hidden;
+    TANDEM_ASSIGN_OR_RETURN(
+        a, Norm(work_.x + at, hidden, nullptr, w.ffn_norm, work_.normed + at, piece.n, hidden));
+    if (moe) TANDEM_RETURN_IF_ERROR(Choose(w, a, piece));
+    return !moe && w.has_ffn ? DenseExpert(w, a, piece) : absl::OkStatus();
+  }));
+  if (!moe) return absl::OkStatus();
+  TANDEM_RETURN_IF_ERROR(experts->Ask(call, stream_));
+  if (w.has_ffn) {  // the shared expert while the others work
+    TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) -> absl::Status {
+      if (!one_piece) {  // the form of the last piece is there, not of this one
+        a.x = work_.normed + piece.first * hidden;
+        TANDEM_RETURN_IF_ERROR(MakeForm(a, piece.n, Small(piece.n)));
+      }
+      return DenseExpert(w, a, piece);
+    }));
+  }
+  return experts->Add(call, stream_);
+}
+
+// x += down(silu(gate(a)) * up(a)): the dense layer's or the shared expert's.
+absl::Status Forward::DenseExpert(const DeviceLayer& w, const Activations& a, const Piece& piece) {
+  const int64_t n = piece.n, hidden = c_.hidden_size, inner = w.ffn.gate.rows;
+  TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.ffn.gate, work_.gate, inner}, {&w.ffn.up, work_.up, inner}}));
+  SiluMulParams p;
+  p.gate = work_.gate;
+  p.up = work_.up;
+  p.y = work_.gate;
+  p.rows = n;
+  p.cols = inner;
+  Activations middle;
+  middle.x = work_.gate;
+  middle.x_stride = middle.cols = inner;
+  if (Small(n)) {
+    middle.q = p.q = work_.form_q;
+    middle.q_meta = p.q_meta = work_.form_q_meta;
+  }
+  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchSiluMul(p, stream_), "the FFN"));
+  if (!Small(n)) TANDEM_RETURN_IF_ERROR(MakeForm(middle, n, false));
+  return Run(middle, n, {{&w.ffn.down, work_.x + piece.first * hidden, hidden, /*accumulate=*/true}});
+}
+
+// Which experts each token of the piece goes to.
+absl::Status Forward::Choose(const DeviceLayer& w, const Activations& a, const Piece& piece) {
+  const int64_t k = c_.num_experts_per_tok;
+  TANDEM_RETURN_IF_ERROR(Run(a, piece.n, {{&w.router, work_.router_logits, c_.n_routed_experts}}));
+  RouteParams p;
+  p.logits = work_.router_logits;
+  p.bias = w.router_bias;
+  p.ids = work_.expert_ids + piece.first * k;
+  p.weights = work_.expert_weights + piece.first * k;
+  p.n = piece.n;
+  p.experts = static_cast<int32_t>(c_.n_routed_experts);
+  p.top_k = static_cast<int32_t>(k);
+  p.groups = static_cast<int32_t>(c_.n_group);
+  p.top_groups = static_cast<int32_t>(c_.topk_group);
+  p.sigmoid = c_.scoring_func == model::ScoringFunc::kSigmoid;
+  p.normalize = c_.norm_topk_prob;
+  p.scale = static_cast<float>(c_.routed_scaling_factor);
+  return ToStatus(LaunchRoute(p, stream_), "the router");
+}
+
+}  // namespace tandem::attention::cuda

@@ -1,0 +1,83 @@
+// The layers of a step as launches on a stream: everything between the token ids and the logits, but for the
+// routed experts, which somebody else computes. Nothing here waits for the GPU or allocates, so that it can
+// be captured into a graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/model/config.h"
+#include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/routed_experts.h"
+#include "services/attention_gpu/backend/cuda/weights.h"
+#include "services/attention_gpu/backend/cuda/workspace.h"
+
+namespace tandem::attention::cuda {
+
+// The latent cache of all layers: [layers][pages][page_tokens] rows of CacheRowBytes(type).
+struct LatentCache {
+  uint8_t* data = nullptr;
+  int64_t layer_bytes = 0;
+  CacheType type = kCacheBf16;
+  uint8_t* Layer(int64_t layer) const { return data + layer * layer_bytes; }
+};
+
+class Forward {
+ public:
+  // All must outlive this.
+  Forward(const model::ModelConfig& config, const DeviceWeights& weights, const LatentCache& cache,
+          Workspace& work)
+      : c_(config),
+        weights_(weights),
+        cache_(cache),
+        work_(work),
+        scale_(static_cast<float>(model::AttentionScale(config))) {}
+
+  // The tokens that the workspace was laid out for, through all layers: leaves work.x. `experts` may be null
+  // for a model without MoE layers.
+  absl::Status Layers(RoutedExperts* experts, cudaStream_t stream);
+  // work.logits = those of the `count` wanted rows from `first` on, at most Workspace::kLogitsRows.
+  absl::Status Logits(int64_t first, int64_t count, cudaStream_t stream);
+
+ private:
+  // Rows [first, first + n) of the step.
+  struct Piece {
+    int64_t first = 0, n = 0;
+  };
+  // One of two products of the same activations.
+  struct Product {
+    const DeviceMatrix* w;
+    float* y;
+    int64_t y_column;
+    bool accumulate = false;
+  };
+  static bool Small(int64_t columns) { return columns <= kMaxColumns; }
+
+  absl::StatusOr<Activations> Norm(const float* x, int64_t x_stride, const int32_t* row_ids,
+                                   const float* weight, float* y, int64_t rows, int64_t cols);
+  absl::Status MakeForm(Activations& a, int64_t rows, bool small, int64_t heads = 1);
+  absl::Status Run(const ProductParams& p);
+  absl::Status Run(const Activations& a, int64_t columns, std::initializer_list<Product> products);
+  absl::Status PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
+                       int64_t y_head);
+  absl::Status Attention(int64_t layer, const Piece& piece);
+  absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range);
+  absl::Status FeedForward(int64_t layer, RoutedExperts* experts);
+  absl::Status Choose(const DeviceLayer& w, const Activations& a, const Piece& piece);
+  absl::Status DenseExpert(const DeviceLayer& w, const Activations& a, const Piece& piece);
+  template <typename F>
+  absl::Status ForPieces(const F& f) const;
+
+  const model::ModelConfig& c_;
+  const DeviceWeights& weights_;
+  const LatentCache& cache_;
+  Workspace& work_;
+  const float scale_;
+  cudaStream_t stream_ = nullptr;  // of the call under way
+};
+
+}  // namespace tandem::attention::cuda
