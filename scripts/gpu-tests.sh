@@ -4,7 +4,7 @@
 #   scripts/gpu-tests.sh [--programs FOLDER] [--sanitize] [--bench]
 #
 #   --programs FOLDER  the test programs are there (cuda_*_test, cuda_benchmark); without it they are built, in
-#                      build/release
+#                      build/release; ../bin beside that folder (or TANDEM_BINARY_DIR/bin) has tandem-expert
 #   --sanitize         also under compute-sanitizer: memcheck on all, racecheck on those that share memory
 #   --bench            also the benchmark of the kernels, last
 #
@@ -28,10 +28,11 @@ done
 if [ -z "$programs" ]; then
   cmake --preset release -DTANDEM_BUILD_TESTS=ON -DTANDEM_BUILD_BENCHMARKS=ON -DTANDEM_CUDA=ON
   cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test \
-    cuda_streamed_test cuda_backend_test cuda_benchmark
+    cuda_streamed_test cuda_bell_test cuda_backend_test cuda_processes_test tandem-expert cuda_benchmark
   programs=build/release/tests
 fi
 export TANDEM_SOURCE_DIR="$PWD"
+export TANDEM_BINARY_DIR="${TANDEM_BINARY_DIR:-$PWD/$programs/..}"  # where bin/tandem-expert is
 
 passed=0
 failed=0
@@ -50,7 +51,8 @@ count() {
   echo "== $1: $ok passed, $bad failed"
 }
 
-for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_streamed_test cuda_backend_test; do
+for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_streamed_test cuda_bell_test \
+  cuda_backend_test cuda_processes_test; do
   status=0
   "$programs/$name" > "$log" 2>&1 || status=$?
   grep -v '^\[ RUN      \]' "$log" || true
@@ -71,11 +73,13 @@ if [ -n "$sanitize" ]; then
   check memcheck cuda_products_test '*ShortRows:*ManyColumnsOfShortRows:*HeadsAndAccumulation:*BrokenInput*'
   check memcheck cuda_vectors_test '*RmsNorm*:*SiluMul*:*CacheEntries*:*Routes*:*Embedding*'
   check memcheck cuda_attention_test '*RowsDoNotSee*:*LargeScores*'
+  check memcheck cuda_bell_test '*/kernel'
   check memcheck cuda_sampler_test '*AFewRows*:*BrokenLogits*'
   check memcheck cuda_streamed_test '*OddShapes*:*SlicesAndRanges*'
   check racecheck cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
   check racecheck cuda_vectors_test '*CacheEntries*:*Routes*:*RmsNorm*'
   check racecheck cuda_attention_test '*RowsDoNotSee*'
+  check racecheck cuda_bell_test '*OneAfterTheOther/kernel:*AddsTheAnswers*/kernel'
   check racecheck cuda_sampler_test '*AFewRows*'
   check racecheck cuda_streamed_test '*OddShapes*'
 fi
