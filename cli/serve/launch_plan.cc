@@ -92,6 +92,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
           absl::StrCat("--experts=", shards[i].first_expert, "-", shards[i].last_expert + 1));
     }
     if (!options.memory_check) expert.argv.push_back("--memory-check=false");
+    if (!options.arena.empty()) expert.argv.push_back("--arena=" + options.arena);
     total_threads += threads[i].threads;
     cpus.insert(threads[i].cpus.begin(), threads[i].cpus.end());
     out.push_back(std::move(expert));
@@ -124,6 +125,9 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
     attention.argv.push_back(absl::StrCat("--max-decode-slowdown=", options.max_decode_slowdown));
   }
   if (!options.memory_check) attention.argv.push_back("--memory-check=false");
+  if (!options.stream_prefill.empty()) {
+    attention.argv.push_back("--stream-prefill=" + options.stream_prefill);
+  }
 
   Process gateway;
   gateway.name = "gateway";

@@ -112,6 +112,24 @@ TEST(PlanProcesses, TheEnginesFlagsArePassedOnWhereGiven) {
                                          "--prefix-cache=off", "--max-decode-slowdown=0", "--vram-gb=20"}));
 }
 
+TEST(PlanProcesses, StreamingAndItsMemoryArePassedOnWhereGiven) {
+  ServeOptions options;
+  auto plan = [&] {
+    return PlanProcesses(options, "/m.gguf", Config(2048, 256), TwoSockets(), ChoosePorts(options, 2).value(),
+                         "/run/t", "/opt/bin")
+        .value();
+  };
+  for (const Process& p : plan()) {
+    EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--stream-prefill"))));
+    EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--arena"))));
+  }
+  options.stream_prefill = "700";
+  options.arena = "shared";
+  EXPECT_THAT(plan()[0].argv, Contains("--arena=shared"));
+  EXPECT_THAT(plan()[1].argv, Contains("--arena=shared"));
+  EXPECT_THAT(plan()[2].argv, Contains("--stream-prefill=700"));
+}
+
 TEST(PlanProcesses, OneExpertProcessASocket) {
   ServeOptions options;
   options.cpu_infer = 6;

@@ -37,6 +37,11 @@ void AddServeFlags(Command& command, ServeOptions* o) {
               "How many times prompts may stretch the time between running streams' tokens (default 2)")
       .Number("vram-gb", &o->vram_gb, 0, 1e6,
               "10^9 bytes of GPU memory to use at most (default: what is free)", {"vram"})
+      .Text("stream-prefill", &o->stream_prefill,
+            "Prompts of so many tokens take the experts' weights to the GPU: auto, off or a number (default "
+            "auto: where it is faster; needs weights in shared memory)")
+      .Text("arena", &o->arena,
+            "Memory of the experts' weights: auto, hugetlb, shared-huge, shared or private (default auto)")
       .Text("expert-groups", &o->expert_groups,
             "Group-limited routing: auto, off, or N/M for N groups of which M are kept (default auto)")
       .Choice("precision", &o->precision, {"fast", "reference"}, "Arithmetic of the CPU backend")
