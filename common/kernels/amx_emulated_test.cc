@@ -37,6 +37,8 @@ TEST_P(AmxEmulated, EqualsTheTwin) {
     for (int32_t& id : ids) id = static_cast<int32_t>(rng() % static_cast<uint64_t>(n));
     const int64_t n_leaves = (cols + kLeaf - 1) / kLeaf;
     std::vector<float> y[2], gathered[2], leaves[2];
+    std::vector<double> sums[2];
+    const std::vector<float> weights = Gaussian(rng, n);
     for (int i = 0; i < 2; ++i) {
       internal::SetTablesForTesting(i == 0 ? internal::ScalarTables() : internal::EmulatedAmxTables());
       Activations a;
@@ -48,10 +50,14 @@ TEST_P(AmxEmulated, EqualsTheTwin) {
       MatMul(w.m, 0, rows, a, y[i].data(), rows, Precision::kFast);
       MatMulGather(w.m, 0, rows, a, ids, gathered[i].data(), rows, Precision::kFast);
       MatMulLeaves(w.m, 0, rows, a, ids, leaves[i].data(), Precision::kFast);
+      sums[i].resize(static_cast<size_t>(n * rows));
+      MatMulLeafSum(w.m, 0, rows, a, ids, {weights.data(), ids.data(), sums[i].data(), rows, 6291456.0},
+                    Precision::kFast);
     }
     EXPECT_EQ(Bits(y[0]), Bits(y[1])) << "tokens " << n << " rows " << rows << " cols " << cols;
     EXPECT_EQ(Bits(gathered[0]), Bits(gathered[1])) << "tokens " << n;
     EXPECT_EQ(Bits(leaves[0]), Bits(leaves[1])) << "tokens " << n;
+    EXPECT_EQ(sums[0], sums[1]) << "tokens " << n;
   }
 }
 

@@ -134,6 +134,7 @@ void RunQuant(const Job& job, ActivationForm form) {
   a.ldy = job.ldy;
   a.leaves = job.leaves;
   a.scratch = internal::ThreadScratch();
+  a.ask_twice = internal::DropsRequests();
   if (job.sum != nullptr) {
     a.sum = job.sum->sum + job.row_begin;
     a.sum_ids = job.sum->ids;

@@ -11,6 +11,9 @@ const KTables& ActiveTables();
 // Takes the place of the active ISA's table until called with nullptr. Not thread-safe.
 void SetTablesForTesting(const KTables* tables);
 
+// Whether the processor drops requests for memory (prefetches) that come fast: AMD's do.
+bool DropsRequests();
+
 // Makes sure that this thread's scratch exists; valid until the thread ends.
 uint8_t* ThreadScratch();
 

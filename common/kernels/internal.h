@@ -65,9 +65,10 @@ struct QuantArgs {
   int64_t next_rows;  // at most
   int64_t next_n;     // tokens
   bool asked;         // the first rows of this call have been asked for in that way
+  bool ask_twice;     // the processor drops requests
 };
 
-constexpr int64_t kScratchBytes = 448 << 10;
+constexpr int64_t kScratchBytes = 512 << 10;
 
 // A product with float weights. Columns [0, cols) of each row; `w` and `x` already point at the first column.
 struct FloatArgs {

@@ -125,6 +125,19 @@ std::vector<Isa> AvailableIsas() {
 
 namespace internal {
 
+bool DropsRequests() {
+#if defined(__x86_64__)
+  static const bool amd = [] {
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(0, &a, &b, &c, &d) != 0 && b == signature_AMD_ebx && c == signature_AMD_ecx &&
+           d == signature_AMD_edx;
+  }();
+  return amd;
+#else
+  return false;
+#endif
+}
+
 const KTables& TablesFor(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
