@@ -23,14 +23,19 @@ float Exp(float x) {
 }
 
 // The twin: attention.h as it reads.
-void FoldScalar(const FoldArgs& a) {
-  for (int64_t h = 0; h < a.heads; ++h) {
+void PageScalar(const PageArgs& a) {
+  for (int64_t h = 0; h < a.rows; ++h) {
+    const int64_t n = a.seen == nullptr ? a.n : a.seen[h];
+    if (n == 0) continue;
     float* s = a.scores + h * a.n;
     float top = a.max[h];
-    for (int64_t i = 0; i < a.n; ++i) top = s[i] > top ? s[i] : top;
+    for (int64_t i = 0; i < n; ++i) {
+      s[i] = ScalarTables()->dot(a.query + h * a.width, a.keys + i * a.width, a.width);
+      top = s[i] > top ? s[i] : top;
+    }
     const float keep = Exp(a.max[h] - top);
     float lanes[16] = {};
-    for (int64_t i = 0; i < a.n; ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       s[i] = Exp(s[i] - top);
       lanes[i % 16] += s[i];
     }
@@ -41,42 +46,29 @@ void FoldScalar(const FoldArgs& a) {
     a.max[h] = top;
     for (int64_t j = 0; j < a.values; ++j) {
       float o = keep * a.out[h * a.values + j];
-      for (int64_t p = 0; p < a.n; ++p) o = std::fma(s[p], a.keys[p * a.width + j], o);
+      for (int64_t p = 0; p < n; ++p) o = std::fma(s[p], a.keys[p * a.width + j], o);
       a.out[h * a.values + j] = o;
     }
   }
 }
 
-FoldFn FoldFor(Isa isa) {
-  FoldFn f = nullptr;
-  if (isa >= Isa::kAvx512) f = Avx512Fold();
-  if (f == nullptr && isa >= Isa::kAvx2) f = Avx2Fold();
-  return f != nullptr ? f : ScalarFold();
+PageFn PageFor(Isa isa) {
+  PageFn f = nullptr;
+  if (isa >= Isa::kAvx512) f = Avx512Page();
+  if (f == nullptr && isa >= Isa::kAvx2) f = Avx2Page();
+  return f != nullptr ? f : ScalarPage();
 }
 
 }  // namespace
 
-FoldFn ScalarFold() { return FoldScalar; }
+PageFn ScalarPage() { return PageScalar; }
 
 }  // namespace internal
 
-void AttendPage(const float* query, int64_t heads, int64_t width, const float* keys, int64_t n,
-                int64_t values, const SoftmaxState& state, float* scores) {
-  internal::FloatArgs dot = {};
-  dot.type = internal::kTypeF32;
-  dot.w = reinterpret_cast<const uint8_t*>(keys);
-  dot.row_bytes = width * static_cast<int64_t>(sizeof(float));
-  dot.rows = n;
-  dot.cols = width;
-  dot.x = query;
-  dot.x_stride = width;
-  dot.n = heads;
-  dot.y = scores;
-  dot.ldy = n;
-  dot.row_step = 1;
-  internal::ActiveTables().float_matmul(dot);
-  internal::FoldArgs fold = {scores, heads, n, keys, width, values, state.max, state.sum, state.out};
-  internal::FoldFor(ActiveIsa())(fold);
+void AttendPage(const float* query, int64_t rows, int64_t width, const float* keys, int64_t n,
+                const int32_t* seen, int64_t values, const SoftmaxState& state, float* scores) {
+  internal::PageFor(ActiveIsa())(
+      {query, rows, width, keys, n, seen, values, state.max, state.sum, state.out, scores});
 }
 
 }  // namespace tandem::kernels

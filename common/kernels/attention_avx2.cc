@@ -14,10 +14,16 @@ namespace {
 #include "common/kernels/vec256.inc"
 // After the vector layer.
 #include "common/kernels/exp.inc"
-constexpr int kValueTile = 1;  // vectors of 16 in the register tile, beside kHeadTile heads
+constexpr int kScoreRows = 3, kScoreKeys = 2;
+constexpr int kValueRows = 4, kValueTile = 1;
+inline void ScoreTile(const F16 (&acc)[kScoreKeys][kScoreRows], float* scores, int64_t n) {
+  for (int i = 0; i < kScoreKeys; ++i) {
+    for (int r = 0; r < kScoreRows; ++r) scores[r * n + i] = FTree(acc[i][r]);
+  }
+}
 #include "common/kernels/attention.inc"
 }  // namespace
 
-FoldFn Avx2Fold() { return Fold; }
+PageFn Avx2Page() { return Page; }
 
 }  // namespace tandem::kernels::internal

@@ -5,21 +5,23 @@
 
 namespace tandem::kernels::internal {
 
-struct FoldArgs {
-  float* scores;  // [heads, n]: scores in, weights out
-  int64_t heads;
-  int64_t n;
-  const float* keys;  // [n, width]
+struct PageArgs {
+  const float* query;  // [rows, width]
+  int64_t rows;
   int64_t width;
+  const float* keys;  // [n, width]
+  int64_t n;
+  const int32_t* seen;  // [rows], in [0, n]; nullptr: n for all
   int64_t values;
-  float* max;  // [heads]
-  float* sum;  // [heads]
-  float* out;  // [heads, values]
+  float* max;     // [rows]
+  float* sum;     // [rows]
+  float* out;     // [rows, values]
+  float* scores;  // [rows, n], scratch
 };
 
-using FoldFn = void (*)(const FoldArgs& args);
-FoldFn ScalarFold();
-FoldFn Avx2Fold();  // nullptr where this build has no such unit
-FoldFn Avx512Fold();
+using PageFn = void (*)(const PageArgs& args);
+PageFn ScalarPage();
+PageFn Avx2Page();  // nullptr where this build has no such unit
+PageFn Avx512Page();
 
 }  // namespace tandem::kernels::internal

@@ -9,7 +9,7 @@ const KTables* Avx512Tables() { return nullptr; }
 const KTables* Avx512VnniTables() { return nullptr; }
 const KTables* AmxTables() { return nullptr; }
 
-FoldFn Avx2Fold() { return nullptr; }
-FoldFn Avx512Fold() { return nullptr; }
+PageFn Avx2Page() { return nullptr; }
+PageFn Avx512Page() { return nullptr; }
 
 }  // namespace tandem::kernels::internal

@@ -49,8 +49,7 @@ class CpuBackend : public Backend {
     }
     frequencies_ = model::RopeFrequencies(c_);
     scale_ = static_cast<float>(model::AttentionScale(c_));
-    mla_scratch_.resize(pool_.threads());
-    head_acts_.resize(pool_.threads());
+    head_scratch_.resize(pool_.threads());
     return absl::OkStatus();
   }
 
@@ -210,24 +209,67 @@ class CpuBackend : public Backend {
     Run(acts_, products);
   }
 
-  // For each head: y[t, h, :] = w[h] x[t, h, :]. Strides are in floats between tokens.
-  void PerHead(const std::vector<Matrix>& w, const float* x, int64_t x_head, int64_t x_stride, int64_t cols,
-               float* y, int64_t y_head, int64_t y_stride) {
-    pool_.ParallelFor(c_.num_attention_heads, 1, [&](int64_t begin, int64_t end, int worker) {
-      Activations& acts = head_acts_[worker];
-      for (int64_t h = begin; h < end; ++h) {
-        acts.Assign(x + h * x_head, n_, cols, x_stride);
-        acts.Prepare(w[h].type, options_.precision);
-        kernels::MatMul(w[h], 0, w[h].rows, acts, y + h * y_head, y_stride, options_.precision);
+  // For heads [first, first + count) and n tokens: y[t, h, :] = w[h] x[t, h, :]. x and y are those of the
+  // first head; strides are in floats between heads and between tokens.
+  void PerHead(const std::vector<Matrix>& w, int64_t first, int64_t count, int64_t n, const float* x,
+               int64_t x_head, int64_t x_stride, float* y, int64_t y_head, int64_t y_stride,
+               Activations& acts) {
+    for (int64_t h = 0; h < count; ++h) {
+      const Matrix& m = w[first + h];
+      acts.Assign(x + h * x_head, n, m.cols, x_stride);
+      acts.Prepare(m.type, options_.precision);
+      kernels::Flow flow{{}, h > 0};
+      if (h + 1 < count) flow.next = {&w[first + h + 1], 0, m.rows, n};
+      kernels::MatMul(m, 0, m.rows, acts, y + h * y_head, y_stride, options_.precision, flow);
+    }
+  }
+
+  // What one worker needs for its heads and tokens.
+  struct HeadScratch {
+    Activations acts;
+    std::vector<float> query;    // [tokens, heads, kv_lora + rope]
+    std::vector<float> latents;  // [tokens, heads, kv_lora]
+    MlaScratch mla;
+  };
+
+  // From q_ to attended_ for heads [head, head + count) of token rows [begin, end): the query is taken into
+  // the latents' space by k_b, attends, and the result is taken out of it by v_b. All in one go, since what
+  // lies between is ten times the size of what comes in and would not stay in the caches.
+  void AttendHeads(int64_t layer, int64_t begin, int64_t end, int64_t head, int64_t count, HeadScratch& s) {
+    const CpuLayer& w = weights_.layers[layer];
+    const int64_t heads = c_.num_attention_heads, lora = c_.kv_lora_rank, width = c_.latent_dim();
+    const int64_t nope = c_.qk_nope_head_dim, rope = c_.qk_rope_head_dim, qk = c_.qk_head_dim();
+    const int64_t v = c_.v_head_dim, n = end - begin;
+    s.query.resize(n * count * width);
+    s.latents.resize(n * count * lora);
+    float* q = q_.data() + (begin * heads + head) * qk;
+    for (int64_t t = 0; t < n; ++t) {
+      float* row = q + t * heads * qk;
+      for (int64_t i = 0; i < count * qk; ++i) row[i] *= scale_;
+      for (int64_t h = 0; h < count; ++h) {
+        float* q_rope = row + h * qk + nope;
+        Rotate(q_rope, begin + t);
+        std::memcpy(s.query.data() + (t * count + h) * width + lora, q_rope, rope * sizeof(float));
       }
-    });
+    }
+    PerHead(w.k_b, head, count, n, q, qk, heads * qk, s.query.data(), width, count * width, s.acts);
+    for (int64_t t = 0; t < n;) {  // runs of one sequence
+      const Row& row = rows_[begin + t];
+      int64_t run = 1;
+      while (t + run < n && rows_[begin + t + run].sequence == row.sequence) ++run;
+      MlaAttend(cache_, layer, row.sequence->pages, row.position, run, count, lora,
+                s.query.data() + t * count * width, s.latents.data() + t * count * lora, s.mla);
+      t += run;
+    }
+    PerHead(w.v_b, head, count, n, s.latents.data(), lora, count * lora,
+            attended_.data() + (begin * heads + head) * v, v, heads * v, s.acts);
   }
 
   // x += attention(norm(x))
   void Attention(int64_t layer) {
     const CpuLayer& w = weights_.layers[layer];
     const int64_t hidden = c_.hidden_size, heads = c_.num_attention_heads, lora = c_.kv_lora_rank;
-    const int64_t nope = c_.qk_nope_head_dim, rope = c_.qk_rope_head_dim, qk = c_.qk_head_dim();
+    const int64_t rope = c_.qk_rope_head_dim, qk = c_.qk_head_dim();
     const int64_t width = c_.latent_dim(), v = c_.v_head_dim;
     NormRows(x_.data(), w.attn_norm, hidden, normed_.data());
 
@@ -251,36 +293,25 @@ class CpuBackend : public Backend {
       std::memcpy(entry + lora, kv + lora, rope * sizeof(float));
     });
 
-    // The absorbed query: k_b takes the nope part into the latents' space; then scale, and rotate the rest.
-    query_.resize(n_ * heads * width);
-    PerHead(w.k_b, q_.data(), qk, heads * qk, nope, query_.data(), width, heads * width);
-    ForTokens([&](int64_t t) {
-      for (int64_t h = 0; h < heads; ++h) {
-        float* q_rope = q_.data() + (t * heads + h) * qk + nope;
-        float* query = query_.data() + (t * heads + h) * width;
-        Rotate(q_rope, t);
-        std::memcpy(query + lora, q_rope, rope * sizeof(float));
-        for (int64_t i = 0; i < width; ++i) query[i] *= scale_;
-      }
-    });
-
-    latents_.resize(n_ * heads * lora);
-    // Few tokens are split over groups of heads as well.
-    const int64_t groups = std::min<int64_t>(heads, n_ < 4 * pool_.threads() ? pool_.threads() : 1);
-    const int64_t per_group = (heads + groups - 1) / groups;
-    pool_.ParallelFor(n_ * groups, 1, [&](int64_t begin, int64_t end, int worker) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i / groups, first = (i % groups) * per_group;
-        const int64_t count = std::min(per_group, heads - first);
-        if (count <= 0) continue;
-        MlaAttend(cache_, layer, rows_[t].sequence->pages, rows_[t].position, count, lora,
-                  query_.data() + (t * heads + first) * width, latents_.data() + (t * heads + first) * lora,
-                  mla_scratch_[worker]);
-      }
-    });
-
     attended_.resize(n_ * heads * v);
-    PerHead(w.v_b, latents_.data(), lora, heads * lora, lora, attended_.data(), v, heads * v);
+    // Blocks of tokens so large that decoding k_b and v_b for each of them costs little, heads as many as
+    // keep a worker's rows within its cache and leave work for all.
+    constexpr int64_t kTokens = 64, kRows = 128;
+    const int64_t blocks = (n_ + kTokens - 1) / kTokens;
+    const int64_t tokens = (n_ + blocks - 1) / blocks;
+    const int64_t for_all = (2 * pool_.threads() + blocks - 1) / blocks;
+    const int64_t groups = std::min(heads, std::max(for_all, tokens * heads / kRows));
+    const int64_t per_group = (heads + groups - 1) / groups;
+    pool_.ParallelFor(blocks * groups, 1, [&](int64_t begin, int64_t end, int worker) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i / groups * tokens, head = i % groups * per_group;
+        const int64_t count = std::min(per_group, heads - head);
+        if (count > 0) {
+          AttendHeads(layer, first, std::min(n_, first + tokens), head, count, head_scratch_[worker]);
+        }
+      }
+    });
+
     delta_.resize(n_ * hidden);
     PrepareAndRun(attended_.data(), heads * v, {{&w.output, delta_.data(), hidden}});
     AddToX(delta_.data());
@@ -300,6 +331,8 @@ class CpuBackend : public Backend {
           static_cast<int32_t>(layer), static_cast<int32_t>(n_), static_cast<int32_t>(c_.num_experts_per_tok),
           expert_ids_.data(),          expert_weights_.data(),   normed_.data()};
       TANDEM_RETURN_IF_ERROR(experts_->Start(call));
+      routed_.resize(n_ * hidden);
+      if (options_.experts_share_cpus) TANDEM_RETURN_IF_ERROR(experts_->Finish(routed_.data()));
     }
     if (w.has_ffn) {  // the dense layer, or the shared expert while the experts work
       const int64_t inner = w.ffn.gate.rows;
@@ -314,8 +347,7 @@ class CpuBackend : public Backend {
       PrepareAndRun(gate_.data(), inner, {{&w.ffn.down, delta_.data(), hidden}});
     }
     if (moe) {
-      routed_.resize(n_ * hidden);
-      TANDEM_RETURN_IF_ERROR(experts_->Finish(routed_.data()));
+      if (!options_.experts_share_cpus) TANDEM_RETURN_IF_ERROR(experts_->Finish(routed_.data()));
       AddToX(routed_.data());
     }
     if (w.has_ffn) AddToX(delta_.data());
@@ -338,11 +370,7 @@ class CpuBackend : public Backend {
 
   void AddToX(const float* delta) {
     const int64_t hidden = c_.hidden_size;
-    ForTokens([&](int64_t t) {
-      float* x = x_.data() + t * hidden;
-      const float* d = delta + t * hidden;
-      for (int64_t i = 0; i < hidden; ++i) x[i] += d[i];
-    });
+    ForTokens([&](int64_t t) { kernels::Axpy(1.0f, delta + t * hidden, x_.data() + t * hidden, hidden); });
   }
 
   // Logits of the rows that are asked for, and the tokens chosen from them.
@@ -404,8 +432,6 @@ class CpuBackend : public Backend {
   std::vector<float> q_a_;             // [n, q_lora]
   std::vector<float> q_;               // [n, heads, qk]
   std::vector<float> kv_;              // [n, kv_lora + rope]
-  std::vector<float> query_;           // [n, heads, kv_lora + rope]
-  std::vector<float> latents_;         // [n, heads, kv_lora]
   std::vector<float> attended_;        // [n, heads, v]
   std::vector<float> delta_, routed_;  // [n, hidden]
   std::vector<float> gate_, up_;       // [n, inner]
@@ -415,8 +441,7 @@ class CpuBackend : public Backend {
   std::vector<float> expert_weights_;  // [n, k]
   std::vector<float> logits_;          // [rows asked for, vocab]
   Activations acts_;
-  std::vector<Activations> head_acts_;   // a worker
-  std::vector<MlaScratch> mla_scratch_;  // a worker
+  std::vector<HeadScratch> head_scratch_;  // a worker
 };
 
 }  // namespace

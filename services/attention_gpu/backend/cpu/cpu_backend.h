@@ -21,6 +21,9 @@ struct CpuBackendOptions {
   int32_t page_tokens = 32;
   int32_t page_count = 0;         // of the KV cache
   int32_t max_step_tokens = 512;  // of one Step, all sequences together
+  // The experts compute on the CPUs that the threads use: then they are waited for before the shared expert
+  // is computed, since two processes in each other's way are slower than one after the other.
+  bool experts_share_cpus = false;
 };
 
 // `file` must outlive the backend. `experts` may be null for a model without MoE layers.

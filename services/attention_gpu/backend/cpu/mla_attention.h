@@ -12,15 +12,24 @@ namespace tandem::attention {
 
 // Scratch of one worker; grows as needed, reused.
 struct MlaScratch {
-  std::vector<float> scores;  // [heads, page_tokens], then maxima and sums
+  std::vector<float> scores;  // [rows, page_tokens], then maxima and sums
+  std::vector<int32_t> seen;  // [rows]
 };
 
-// One token's attention in one layer.
-//   query: [heads, width], the absorbed query (kv_lora) followed by the rotated one (rope), already scaled
-//   out:   [heads, kv_lora], the softmax-weighted sum of latents
-// Attends to positions [0, position]. Pages are taken in order, each folded into a running softmax (maximum,
-// sum and weighted latents), so that the result depends on nothing but the cache's contents and the query.
+// Attention in one layer for some heads of consecutive tokens of one sequence, the first at `position`.
+//   query: [tokens, heads, width], the absorbed query (kv_lora) followed by the rotated one (rope), scaled
+//   out:   [tokens, heads, kv_lora], the softmax-weighted sums of latents
+// A token attends to positions up to its own. Pages are taken in order, each folded into running softmaxes
+// (maximum, sum and weighted latents) of all rows, so that a result depends on nothing but the cache's
+// contents and its query.
 void MlaAttend(const LatentCache& cache, int64_t layer, std::span<const int32_t> page_table, int64_t position,
-               int64_t heads, int64_t kv_lora, const float* query, float* out, MlaScratch& scratch);
+               int64_t tokens, int64_t heads, int64_t kv_lora, const float* query, float* out,
+               MlaScratch& scratch);
+// One token.
+inline void MlaAttend(const LatentCache& cache, int64_t layer, std::span<const int32_t> page_table,
+                      int64_t position, int64_t heads, int64_t kv_lora, const float* query, float* out,
+                      MlaScratch& scratch) {
+  MlaAttend(cache, layer, page_table, position, 1, heads, kv_lora, query, out, scratch);
+}
 
 }  // namespace tandem::attention

@@ -82,6 +82,26 @@ TEST(MlaAttend, TheBitsDoNotDependOnWhichPagesHoldTheTokens) {
   EXPECT_EQ(before, f.Attend(50));
 }
 
+// Chunks of a prompt, wherever they begin and end, heads together or apart: what each token alone gets.
+TEST(MlaAttend, TokensTogetherGetWhatEachAloneGets) {
+  Fixture f(7);
+  for (const auto& [position, tokens] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 1}, {0, 16}, {0, 41}, {5, 3}, {14, 4}, {16, 33}, {31, 1}, {47, 33}}) {
+    std::normal_distribution<float> d;
+    std::vector<float> query(tokens * kHeads * kWidth), out(tokens * kHeads * kLora, -1);
+    for (float& q : query) q = d(f.rng);
+    MlaScratch scratch;
+    MlaAttend(f.cache, 1, f.table, position, tokens, kHeads, kLora, query.data(), out.data(), scratch);
+    for (int64_t row = 0; row < tokens * kHeads; ++row) {
+      std::vector<float> alone(kLora, -1);
+      MlaAttend(f.cache, 1, f.table, position + row / kHeads, 1, kLora, query.data() + row * kWidth,
+                alone.data(), scratch);
+      EXPECT_EQ(alone, std::vector<float>(out.begin() + row * kLora, out.begin() + (row + 1) * kLora))
+          << position << " + " << row / kHeads << ", head " << row % kHeads;
+    }
+  }
+}
+
 TEST(MlaAttend, LargeScoresDoNotOverflow) {
   Fixture f(6);
   for (float& q : f.query) q *= 1000;
