@@ -84,30 +84,23 @@ bool PinCurrentThread(int cpu) {
 }
 
 // How a worker behaves on a processor that somebody else uses too. Taken off it in the middle of a chunk, it
-// keeps everybody waiting for the other's time slice, milliseconds. A worker that notices this (a chunk of
-// far more than the usual time, and an involuntary switch) works in short stretches for a while and sleeps
+// keeps everybody waiting for the other's time slice, milliseconds. A worker that notices this (time in which
+// it neither slept nor ran, and an involuntary switch) works in short stretches for a while and sleeps
 // between them: the scheduler owes a sleeper time and lets it finish what it begins.
 class Neighbourliness {
  public:
   // After a chunk that ran from `start` to `end` (microseconds): sleeps if it is time to.
   void ChunkDone(int64_t start, int64_t end) {
-    const int64_t took = end - start;
-    if (took > kSuspicious && took > 4 * usual_) {
-      rusage usage;
-      if (getrusage(RUSAGE_THREAD, &usage) == 0 && usage.ru_nivcsw != switches_) {
-        switches_ = usage.ru_nivcsw;
-        careful_until_ = end + kCareful;
-      }
-    } else {
-      usual_ = (7 * usual_ + took) / 8;
-    }
+    if (end - start > kSuspicious && WasTakenOff(end)) careful_until_ = end + kCareful;
     if (end >= careful_until_ || end - stretch_start_ < kStretch) return;
     const timespec pause = {0, kPause * 1000};
     nanosleep(&pause, nullptr);
-    stretch_start_ = NowMicroseconds();
+    Slept(end);
   }
-  void Slept() {
-    if (careful_until_ != 0) stretch_start_ = NowMicroseconds();
+  // Slept from `start` until now.
+  void Slept(int64_t start) {
+    stretch_start_ = NowMicroseconds();
+    asleep_ += stretch_start_ - start;
   }
 
  private:
@@ -115,7 +108,27 @@ class Neighbourliness {
   static constexpr int64_t kCareful = 200'000;
   static constexpr int64_t kStretch = 1500;
   static constexpr int64_t kPause = 1700;
-  int64_t usual_ = 0;
+
+  // Since it was last asked. Not asked after short chunks: it costs two system calls.
+  bool WasTakenOff(int64_t now) {
+    timespec cpu;
+    rusage usage;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu) != 0 || getrusage(RUSAGE_THREAD, &usage) != 0) {
+      return false;
+    }
+    const int64_t ran = int64_t{cpu.tv_sec} * 1'000'000 + cpu.tv_nsec / 1000;
+    const int64_t lost = (now - asked_ - asleep_) - (ran - ran_);
+    const bool taken_off = asked_ != 0 && usage.ru_nivcsw != switches_ && lost > kSuspicious;
+    asked_ = now;
+    asleep_ = 0;
+    ran_ = ran;
+    switches_ = usage.ru_nivcsw;
+    return taken_off;
+  }
+
+  int64_t asked_ = 0;   // when; 0: never
+  int64_t asleep_ = 0;  // since then
+  int64_t ran_ = 0;     // processor time by then
   int64_t switches_ = 0;
   int64_t careful_until_ = 0;
   int64_t stretch_start_ = 0;
@@ -257,9 +270,10 @@ void ThreadPool::Impl::WorkerLoop(int worker) {
     }
     parked.fetch_add(1);
     // A phase published since `seen` was read changed the bell, and the wait returns at once.
+    const int64_t start = NowMicroseconds();
     if (!HasWork() && !stop.load()) FutexWait(bell, seen);
     parked.fetch_sub(1);
-    neighbourliness.Slept();
+    neighbourliness.Slept(start);
   }
 }
 
