@@ -91,6 +91,47 @@ attention::SequenceRequest Random(std::mt19937& rng, int64_t vocab, int32_t prom
   return r;
 }
 
+// The CPU backend, and how long each of its steps takes.
+class Timed : public attention::Backend {
+ public:
+  struct StepTime {
+    Clock::time_point end;
+    double ms = 0;
+    int32_t tokens = 0;
+  };
+  Timed(std::unique_ptr<attention::Backend> backend, std::vector<StepTime>& steps)
+      : backend_(std::move(backend)), steps_(steps) {}
+  std::string name() const override { return backend_->name(); }
+  int32_t page_tokens() const override { return backend_->page_tokens(); }
+  int32_t page_count() const override { return backend_->page_count(); }
+  int32_t max_step_tokens() const override { return backend_->max_step_tokens(); }
+  int64_t page_bytes() const override { return backend_->page_bytes(); }
+  absl::Status CopyPageOut(int32_t page, std::span<std::byte> to) override {
+    return backend_->CopyPageOut(page, to);
+  }
+  absl::Status CopyPageIn(std::span<const std::byte> from, int32_t page) override {
+    return backend_->CopyPageIn(from, page);
+  }
+  absl::Status RecoverExperts(absl::Duration patience) override { return backend_->RecoverExperts(patience); }
+  absl::Status Step(const attention::StepBatch& batch, attention::StepResult* result) override {
+    const auto begin = Clock::now();
+    absl::Status status = backend_->Step(batch, result);
+    const auto end = Clock::now();
+    steps_.push_back({end, Milliseconds(end - begin), static_cast<int32_t>(batch.tokens.size())});
+    return status;
+  }
+
+ private:
+  const std::unique_ptr<attention::Backend> backend_;
+  std::vector<StepTime>& steps_;  // read when nothing runs
+};
+
+// Gaps longer than twice the usual one, as a share of all.
+double ShareOver(const std::vector<double>& gaps, double limit) {
+  const auto over = std::count_if(gaps.begin(), gaps.end(), [limit](double g) { return g > limit; });
+  return gaps.empty() ? 0 : static_cast<double>(over) / static_cast<double>(gaps.size());
+}
+
 void BM_BesideALongPrompt(benchmark::State& state) {
   const std::string path =
       Env("TANDEM_BENCH_MODEL", Env("TANDEM_SOURCE_DIR", ".") + "/models/tinyr1-Q4_K_M.gguf");
@@ -104,14 +145,16 @@ void BM_BesideALongPrompt(benchmark::State& state) {
   o.context_length = kContext;
   o.vocab_size = config.vocab_size;
   o.max_decode_slowdown = static_cast<double>(state.range(1));
-  auto scheduler = *attention::Scheduler::Create(
-      o, *attention::CreateCpuBackend(*file, config, b,
-                                      *MakeLocalExperts(path, {{}}, kernels::Precision::kFast, threads)));
+  std::vector<Timed::StepTime> steps;
+  auto backend = *attention::CreateCpuBackend(
+      *file, config, b, *MakeLocalExperts(path, {{}}, kernels::Precision::kFast, threads));
+  auto scheduler = *attention::Scheduler::Create(o, std::make_unique<Timed>(std::move(backend), steps));
   std::mt19937 rng(1);
   const auto submit = [&](const attention::SequenceRequest& r, Stream& s) {
     return *scheduler->Submit(r, s.callback());
   };
   std::vector<double> undisturbed, during;
+  Timed::StepTime longest;  // of those that had prompt tokens beside the streams
   double beside = 0, alone = 0;
   for (auto _ : state) {
     {
@@ -141,6 +184,10 @@ void BM_BesideALongPrompt(benchmark::State& state) {
     for (const double g : Gaps(streams, middle, end)) during.push_back(g);
     for (const double g : Gaps(streams, end, later)) undisturbed.push_back(g);
     while (scheduler->Snapshot().running > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    for (const Timed::StepTime& s : steps) {
+      if (s.end > middle && s.end <= end && s.tokens > state.range(0) && s.ms > longest.ms) longest = s;
+    }
+    steps.clear();
   }
   const auto rounds = static_cast<double>(state.iterations());
   state.counters["alone_p50_ms"] = Quantile(undisturbed, 0.5);
@@ -148,7 +195,12 @@ void BM_BesideALongPrompt(benchmark::State& state) {
   state.counters["ratio_mean"] = Mean(during) / Mean(undisturbed);
   state.counters["ratio_p50"] = Quantile(during, 0.5) / Quantile(undisturbed, 0.5);
   state.counters["ratio_p95"] = Quantile(during, 0.95) / Quantile(undisturbed, 0.95);
+  state.counters["alone_max_ms"] = Quantile(undisturbed, 1);
   state.counters["max_ms"] = Quantile(during, 1);
+  state.counters["alone_over_2x"] = ShareOver(undisturbed, 2 * Quantile(undisturbed, 0.5));
+  state.counters["over_2x"] = ShareOver(during, 2 * Quantile(undisturbed, 0.5));
+  state.counters["longest_mixed_step_ms"] = longest.ms;
+  state.counters["its_prompt_tokens"] = longest.tokens - static_cast<double>(state.range(0));
   state.counters["prompt_beside_ms"] = beside / rounds;
   state.counters["prompt_alone_ms"] = alone / rounds;
 }
