@@ -369,6 +369,7 @@ TEST_F(LifecycleTest, AClientThatDoesNotReadIsCancelled) {
   Start();
   FakeEngine::Script script;
   for (int i = 0; i < 60'000; ++i) script.text += "word ";  // some 15 MB of events
+  script.stay = true;  // all of it may fit the buffers between a fast engine and a slow gateway
   engine_->SetScript(script);
   RawClient client(gateway_->http_port());
   client.Send(Wire("POST", "/v1/chat/completions", ChatBody(R"("stream":true,"ignore_eos":true)")));

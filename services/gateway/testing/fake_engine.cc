@@ -134,10 +134,11 @@ grpc::Status FakeEngine::Generate(grpc::ServerContext* context, const v1::Genera
     cancelled_.fetch_add(1);
     return true;
   };
-  while (script.hang) {
-    if (gone()) return grpc::Status::CANCELLED;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  const auto wait_until_gone = [&] {
+    while (!gone()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return grpc::Status::CANCELLED;
+  };
+  if (script.hang) return wait_until_gone();
   uint32_t made = 0;
   v1::GenerateEvent event;
   for (size_t at = request->resumed_tokens(); at < tokens.size(); ++at) {
@@ -180,6 +181,7 @@ grpc::Status FakeEngine::Generate(grpc::ServerContext* context, const v1::Genera
     }
     if (last) return grpc::Status::OK;
   }
+  if (script.stay) return wait_until_gone();
   return grpc::Status::OK;
 }
 

@@ -37,6 +37,7 @@ class FakeEngine final : public v1::Engine::Service {
     int tokens_per_event = 1;
     bool finish = true;  // false: the call ends without a reason
     bool hang = false;   // no token until cancelled
+    bool stay = false;   // after the text, which then has no end, until cancelled
   };
   void SetScript(Script script);
   void SetServing(bool serving) { serving_.store(serving); }
