@@ -32,6 +32,7 @@ absl::StatusOr<StreamPrefill> ParseStreamPrefill(const std::string& text) {
 }
 
 absl::StatusOr<double> TimeExpertCall(ExpertGroup& experts, const model::ModelConfig& c, int64_t tokens) {
+  if (c.num_moe_layers() < 1) return absl::InvalidArgumentError("the model has no routed experts to time");
   std::mt19937 random(1);
   const int64_t k = c.num_experts_per_tok;
   std::vector<int32_t> all(static_cast<size_t>(c.n_routed_experts)), ids;
