@@ -7,6 +7,7 @@
 #include "cli/doctor/doctor.h"
 #include "cli/flags/command_line.h"
 #include "cli/inspect/inspect.h"
+#include "cli/plan/plan.h"
 #include "cli/serve/serve.h"
 #include "cli/synth/synth.h"
 
@@ -19,12 +20,15 @@ int main(int argc, char** argv) {
   DoctorOptions doctor;
   SynthOptions synth;
   BenchOptions bench;
+  PlanOptions plan;
   AddServeFlags(line.Add("serve", "Start the server: all processes of this machine"), &serve);
   AddChatFlags(line.Add("chat", "Talk to a running server, or start one"), &chat);
   AddInspectFlags(line.Add("inspect", "Show a model file: metadata, tensors, memory plan"), &inspect);
   AddDoctorFlags(line.Add("doctor", "Check this machine: what is fine, what to change"), &doctor);
+  AddPlanFlags(line.Add("plan", "Predict how fast a machine runs a model, and what fits"), &plan);
   AddSynthFlags(line.Add("synth", "Write a model with random weights, for measurements"), &synth);
-  AddBenchFlags(line.Add("bench", "Measure this machine (roofline, moe, roundtrip, load) or a server (serve)"), &bench);
+  AddBenchFlags(
+      line.Add("bench", "Measure this machine (roofline, moe, roundtrip, load) or a server (serve)"), &bench);
   const std::optional<int> code = line.Parse({argv + 1, argv + argc}, &std::getenv, std::cout, std::cerr);
   if (code) return *code;
   for (const std::string& flag : line.ignored()) {
@@ -33,6 +37,7 @@ int main(int argc, char** argv) {
   if (line.command() == "serve") return RunServe(serve);
   if (line.command() == "chat") return RunChat(chat);
   if (line.command() == "inspect") return RunInspect(inspect, std::cout, std::cerr);
+  if (line.command() == "plan") return RunPlan(plan, std::cout, std::cerr);
   if (line.command() == "synth") return RunSynth(synth, std::cout, std::cerr);
   if (line.command() == "bench") return RunBench(bench, std::cout, std::cerr);
   return RunDoctor(doctor, std::cout);

@@ -1,5 +1,8 @@
 #include "cli/serve/memory_plan.h"
 
+#include <set>
+#include <utility>
+
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/model/tensors.h"
@@ -20,6 +23,11 @@ uint64_t ActivationValues(const model::ModelConfig& c) {
 }
 
 }  // namespace
+
+uint64_t WorkspaceBytes(const model::ModelConfig& config) {
+  return ActivationValues(config) * kChunkTokens * sizeof(float) +
+         static_cast<uint64_t>(config.vocab_size) * kLogitRows * sizeof(float);
+}
 
 std::vector<ExpertShard> ShareExperts(const model::ModelConfig& config, int processes) {
   std::vector<ExpertShard> shards(processes);
@@ -42,18 +50,19 @@ std::vector<ExpertShard> ShareExperts(const model::ModelConfig& config, int proc
 absl::StatusOr<MemoryPlan> PlanMemory(const gguf::File& file, const model::ModelConfig& config,
                                       int64_t context, int processes) {
   MemoryPlan plan;
+  std::set<std::pair<int, uint64_t>> kept;  // tensors of one place share their bytes: read and kept once
   for (const gguf::Tensor& tensor : file.tensors()) {
     uint64_t values = 1;
     for (const int64_t n : tensor.ne) values *= static_cast<uint64_t>(n);
     plan.parameters += values;
+    if (!kept.emplace(tensor.shard, tensor.file_offset).second) continue;
     (model::IsRoutedExpertTensor(tensor.name) ? plan.expert_bytes : plan.dense_bytes) += tensor.nbytes;
     if (tensor.name == "token_embd.weight") plan.embedding_bytes = tensor.nbytes;
   }
   plan.context = context > 0 ? context : config.max_position_embeddings;
   plan.kv_bytes_per_token = static_cast<uint64_t>(config.num_hidden_layers * config.latent_dim()) * 2;
   plan.kv_bytes = plan.kv_bytes_per_token * static_cast<uint64_t>(plan.context);
-  plan.workspace_bytes = ActivationValues(config) * kChunkTokens * sizeof(float) +
-                         static_cast<uint64_t>(config.vocab_size) * kLogitRows * sizeof(float);
+  plan.workspace_bytes = WorkspaceBytes(config);
   if (config.n_routed_experts == 0) return plan;
   if (processes < 1 || processes > config.n_routed_experts) {
     return absl::InvalidArgumentError(

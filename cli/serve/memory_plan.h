@@ -41,6 +41,9 @@ struct MemoryPlan {
 absl::StatusOr<MemoryPlan> PlanMemory(const gguf::File& file, const model::ModelConfig& config,
                                       int64_t context, int processes);
 
+// Of attention_gpu's activations and logits, the estimate above.
+uint64_t WorkspaceBytes(const model::ModelConfig& config);
+
 // Tensor slices if every slice of the intermediate dimension is a multiple of 256 (the largest quant block),
 // ranges of experts otherwise. Byte counts are not filled in.
 std::vector<ExpertShard> ShareExperts(const model::ModelConfig& config, int processes);
