@@ -15,6 +15,7 @@
 #include <set>
 #include <sstream>
 
+#include "cli/serve/memory_plan.h"
 #include "cli/synth/random_blocks.h"
 #include "cli/synth/vocabulary.h"
 #include "common/model/tensors.h"
@@ -232,6 +233,13 @@ TEST_F(SynthTest, AliasedLayersShareTheirBytes) {
   }
   EXPECT_EQ(gates.size(), 2u);
   EXPECT_EQ(downs.size(), 2u);
+  // They are loaded once, and `tandem serve` counts on that.
+  const auto config = model::ReadModelConfig(*a);
+  const auto all = PlanMemory(*a, *config, 0, 1), once = PlanMemory(*b, *config, 0, 1);
+  ASSERT_TRUE(all.ok() && once.ok());
+  EXPECT_EQ(once->parameters, all->parameters);
+  EXPECT_LT(once->expert_bytes, all->expert_bytes / 3);
+  EXPECT_EQ(once->dense_bytes, all->dense_bytes);
 }
 
 TEST_F(SynthTest, SplitFilesAreOneModel) {

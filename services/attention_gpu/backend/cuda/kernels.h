@@ -65,7 +65,8 @@ struct ProductParams {
   bool accumulate = false;
 };
 
-// Up to kMaxColumns columns (F32 weights: any number), 16 in each pass over the weights.
+// Up to kMaxColumns columns, 16 in each pass over the weights. F32 weights: any number, beyond kMaxColumns
+// with other bits.
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
 // Several of them, with the same bits: in one launch where neighbours have the same activations, type,
 // columns and batches, and their outputs do not overlap.

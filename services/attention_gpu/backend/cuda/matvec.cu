@@ -3,9 +3,13 @@
 // F16, BF16 and F32 weights meet float32 activations on tensor cores in tf32, which has 11 bits: an
 // activation is cut into its first 11 bits and the next 11, an F32 weight too. What is left out is below
 // 2^-21 of a product.
+//
+// F32 matrices of few rows (a router) would give most of the device nothing to do that way: with few columns,
+// a block multiplies one row with one or two columns.
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
 #include "services/attention_gpu/backend/cuda/few_columns.cuh"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
+#include "services/attention_gpu/backend/cuda/reduce.cuh"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -113,11 +117,64 @@ struct FloatUnit {
   }
 };
 
+constexpr int kRowThreads = 128;
+constexpr int64_t kFewRows = 1024;
+
+template <int kColumns>
+__global__ void __launch_bounds__(kRowThreads) RowProduct(const ProductParams p) {
+  const int64_t row = blockIdx.x, batch = blockIdx.y;
+  const int first_column = blockIdx.z * kColumns;
+  const uint8_t* w = p.w.data + (batch * p.w.rows + row) * p.w.row_bytes;
+  const float* x[kColumns];
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    const int column = min(first_column + j, p.columns - 1);
+    x[j] = p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride;
+  }
+  float sum[kColumns] = {};
+  const int fours = static_cast<int>(p.w.cols) >> 2;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < fours; i += kRowThreads) {
+    const float4 a = __ldg(reinterpret_cast<const float4*>(w) + i);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const float4 b = __ldg(reinterpret_cast<const float4*>(x[j]) + i);
+      sum[j] = fmaf(a.x, b.x, sum[j]), sum[j] = fmaf(a.y, b.y, sum[j]);
+      sum[j] = fmaf(a.z, b.z, sum[j]), sum[j] = fmaf(a.w, b.w, sum[j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    const float total = BlockReduce<kRowThreads>(sum[j], [](float a, float b) { return a + b; });
+    if (threadIdx.x != 0 || first_column + j >= p.columns) continue;
+    float* y = p.y + batch * p.y_batch + (first_column + j) * p.y_column + row;
+    *y = p.accumulate ? *y + total : total;
+  }
+}
+
+// By the shape alone, for up to kMaxColumns columns.
+bool OneRowABlock(const ProductParams& p) {
+  return p.w.type == kF32 && p.w.rows * p.batches <= kFewRows && p.columns <= kMaxColumns;
+}
+
+cudaError_t LaunchRowProduct(const ProductParams& p, cudaStream_t stream) {
+  const int columns = p.columns > 1 ? 2 : 1;
+  const dim3 grid(static_cast<unsigned>(p.w.rows), static_cast<unsigned>(p.batches),
+                  static_cast<unsigned>((p.columns + columns - 1) / columns));
+  if (columns == 1) {
+    RowProduct<1><<<grid, kRowThreads, 0, stream>>>(p);
+  } else {
+    RowProduct<2><<<grid, kRowThreads, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
 bool SameActivations(const ProductParams& a, const ProductParams& b) {
   return a.x.x == b.x.x && a.x.x_stride == b.x.x_stride && a.x.q == b.x.q && a.x_batch == b.x_batch &&
          a.x_column == b.x_column && a.columns == b.columns && a.batches == b.batches;
 }
 
+// Of one type, width and activations.
 cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
   switch (p->w.type) {
     case kF32:
@@ -133,30 +190,28 @@ cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream) {
-  if (p.columns <= 0 || p.w.rows <= 0 || p.batches <= 0) return cudaSuccess;
-  if (p.columns > kMaxColumns && p.w.type != kF32) return cudaErrorInvalidValue;
-  return LaunchSome(&p, 1, stream);
-}
+cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream) { return LaunchMatVecs(&p, 1, stream); }
 
 cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream) {
-  while (count > 0) {
+  for (int at = 0; at < count;) {
+    const ProductParams& first = p[at];
+    if (first.columns > kMaxColumns && first.w.type != kF32) return cudaErrorInvalidValue;
     int some = 1;
-    while (some < count && some < kMostParts && p[some].w.type == p->w.type && p[some].w.cols == p->w.cols &&
-           p[some].w.rows > 0 && SameActivations(*p, p[some])) {
-      ++some;
+    cudaError_t e = cudaSuccess;
+    if (first.columns > 0 && first.w.rows > 0 && first.batches > 0) {
+      const bool rows = OneRowABlock(first);
+      while (!rows && at + some < count && some < kMostParts) {
+        const ProductParams& next = p[at + some];
+        if (next.w.type != first.w.type || next.w.cols != first.w.cols || next.w.rows <= 0 ||
+            !SameActivations(first, next) || OneRowABlock(next)) {
+          break;
+        }
+        ++some;
+      }
+      e = rows ? LaunchRowProduct(first, stream) : LaunchSome(&first, some, stream);
     }
-    if (some > 1 && p->w.rows > 0 && p->columns > 0 && p->batches > 0 &&
-        (p->columns <= kMaxColumns || p->w.type == kF32)) {
-      const cudaError_t e = LaunchSome(p, some, stream);
-      if (e != cudaSuccess) return e;
-    } else {
-      some = 1;
-      const cudaError_t e = LaunchMatVec(*p, stream);
-      if (e != cudaSuccess) return e;
-    }
-    p += some;
-    count -= some;
+    if (e != cudaSuccess) return e;
+    at += some;
   }
   return cudaSuccess;
 }

@@ -101,11 +101,18 @@ __device__ __forceinline__ Best BestOf(const float* values, int n, int lane) {
   return WarpBest(best);
 }
 
-// One warp a token.
+// Floats as integers of the same order, above 0; -infinity is the least of them.
+__device__ __forceinline__ uint32_t Ordered(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// One warp a token; lane l has kPerLane experts, from l * kPerLane on.
+template <int kPerLane>
 __global__ void __launch_bounds__(32) Route(const RouteParams p) {
-  __shared__ float scores[kMostExperts], selection[kMostExperts], group[kMostExperts];
+  __shared__ float selection[32 * kPerLane], group[32 * kPerLane];
   const int64_t t = blockIdx.x;
-  const int lane = threadIdx.x, n = p.experts;
+  const int lane = threadIdx.x, n = p.experts, first = lane * kPerLane;
   if (p.position != nullptr && p.position[t] < 0) {
     for (int k = lane; k < p.top_k; k += 32) {
       p.ids[t * p.top_k + k] = -1;
@@ -114,35 +121,40 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
     return;
   }
   const float* logits = p.logits + t * n;
-  float top = kOut, sum = 0;
+  float score[kPerLane], chosen_by[kPerLane], top = kOut, sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) score[i] = first + i < n ? logits[first + i] : kOut;
   if (!p.sigmoid) {
-    for (int e = lane; e < n; e += 32) top = fmaxf(top, logits[e]);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, score[i]);
     top = WarpReduce(top, [](float a, float b) { return fmaxf(a, b); });
-    for (int e = lane; e < n; e += 32) sum += expf(logits[e] - top);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (first + i < n) sum += expf(score[i] - top);
+    }
     sum = WarpReduce(sum, [](float a, float b) { return a + b; });
   }
-  for (int e = lane; e < n; e += 32) {
-    const float s = p.sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - top) / sum;
-    const float chosen_by = p.bias != nullptr ? s + p.bias[e] : s;
-    scores[e] = s;
-    selection[e] = isnan(chosen_by) ? -3.402823466e38f : chosen_by;  // loses, but is in range
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    score[i] = p.sigmoid ? 1.0f / (1.0f + expf(-score[i])) : expf(score[i] - top) / sum;
+    const float by = p.bias != nullptr && first + i < n ? score[i] + p.bias[first + i] : score[i];
+    chosen_by[i] = isnan(by) ? -3.402823466e38f : by;  // loses, but is in range
   }
-  __syncwarp();
 
   if (p.groups > 1) {
     const int size = n / p.groups;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) selection[first + i] = chosen_by[i];
+    __syncwarp();
     for (int g = lane; g < p.groups; g += 32) {
-      float first = kOut, second = kOut;
+      float best = kOut, second = kOut;
+#pragma unroll 8
       for (int i = 0; i < size; ++i) {
         const float s = selection[g * size + i];
-        if (s > first) {
-          second = first;
-          first = s;
-        } else if (s > second) {
-          second = s;
-        }
+        second = fmaxf(second, fminf(best, s));
+        best = fmaxf(best, s);
       }
-      group[g] = p.sigmoid && size > 1 ? first + second : first;
+      group[g] = p.sigmoid && size > 1 ? best + second : best;
     }
     __syncwarp();
     // The groups that are kept are marked with NaN, which no later comparison takes for the best.
@@ -152,26 +164,50 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
       if (lane == 0 && best.index < p.groups) group[best.index] = NAN;
       __syncwarp();
     }
-    for (int e = lane; e < p.groups * size; e += 32) {
-      if (!isnan(group[e / size])) selection[e] = kOut;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int g = (first + i) / size;
+      if (g < p.groups && !isnan(group[g])) chosen_by[i] = kOut;
     }
-    __syncwarp();
   }
 
+  // The best of this lane, again after one of its experts was taken.
+  uint32_t best = 0;
+  int at = 0;
+  auto look = [&] {
+    best = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const uint32_t key = first + i < n ? Ordered(chosen_by[i]) : 0;
+      if (key > best) best = key, at = i;
+    }
+  };
+  look();
   float total = 0;
   for (int k = 0; k < p.top_k; ++k) {
-    const Best best = BestOf(selection, n, lane);
-    const int e = min(best.index, n - 1);
-    total += scores[e];
-    __syncwarp();
-    if (lane == 0) {
-      selection[e] = kOut;
-      p.ids[t * p.top_k + k] = e;
-      p.weights[t * p.top_k + k] = scores[e];
+    const uint32_t largest = __reduce_max_sync(0xffffffffu, best);
+    const int owner = __ffs(__ballot_sync(0xffffffffu, best == largest)) - 1;  // the lowest id of equal ones
+    float mine = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i == at) mine = score[i];
     }
-    __syncwarp();
+    const int e = __shfl_sync(0xffffffffu, first + at, owner);
+    const float s = __shfl_sync(0xffffffffu, mine, owner);
+    total += s;
+    if ((k & 31) == lane) {
+      p.ids[t * p.top_k + k] = e;
+      p.weights[t * p.top_k + k] = s;
+    }
+    if (lane == owner) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i == at) chosen_by[i] = kOut;
+      }
+      look();
+    }
   }
-  for (int k = lane; k < p.top_k; k += 32) {
+  for (int k = lane; k < p.top_k; k += 32) {  // its own writes
     float w = p.weights[t * p.top_k + k];
     if (p.normalize) w /= fmaxf(total, 6.103515625e-5f);
     p.weights[t * p.top_k + k] = w * p.scale;
@@ -217,7 +253,11 @@ cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream) {
       p.groups > p.experts) {
     return cudaErrorInvalidValue;
   }
-  Route<<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
+  if (p.experts <= 256) {
+    Route<8><<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
+  } else {
+    Route<kMostExperts / 32><<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 
