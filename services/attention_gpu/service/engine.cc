@@ -122,8 +122,8 @@ int64_t ChooseHostTier(const Options& o, const HostNeeds& needs) {
   return static_cast<int64_t>(bytes);
 }
 
-// On the CPU the experts' weights are read and decoded for every step: the more tokens share them the better. On
-// a GPU a step's tokens take its memory.
+// On the CPU the experts' weights are read and decoded for every step: the more tokens share them the better.
+// On a GPU a step's tokens take its memory.
 int32_t ChunkSize(const Options& o, bool gpu) { return o.chunk_size > 0 ? o.chunk_size : gpu ? 256 : 512; }
 
 int32_t MaxStepTokens(const Options& o, bool gpu) {
@@ -208,10 +208,10 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     const int busy_threads = o.threads > 0 ? o.threads : shm::AllowedCpus();
     g.spin = o.expert_spin_us >= 0 ? absl::Microseconds(o.expert_spin_us)
                                    : shm::WaitPolicy::ForMachine(busy_threads).spin;
-    experts_share_cpus =
-        busy_threads >= shm::AllowedCpus() &&
-        std::all_of(o.experts.begin(), o.experts.end(),
-                    [](const std::string& address) { return address.rfind("unix:", 0) == 0; });
+    experts_share_cpus = busy_threads >= shm::AllowedCpus() &&
+                         std::all_of(o.experts.begin(), o.experts.end(), [](const std::string& address) {
+                           return address.rfind("unix:", 0) == 0;
+                         });
     TANDEM_ASSIGN_OR_RETURN(experts, ConnectExperts(g, c, out.file->Fingerprint()));
     out.info.expert_processes = experts->processes();
   }

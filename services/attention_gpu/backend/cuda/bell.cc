@@ -298,7 +298,8 @@ absl::Status Bell::Finish(bool made_all, const absl::Status& why) {
   }
   TANDEM_RETURN_IF_ERROR(calls_->EndRun(made_all, why));
   if (failed != 0 && own.ok()) {
-    return absl::InternalError(absl::StrCat("the experts' call for MoE layer number ", failed - 1, " failed"));
+    return absl::InternalError(
+        absl::StrCat("the experts' call for MoE layer number ", failed - 1, " failed"));
   }
   return own;
 }
