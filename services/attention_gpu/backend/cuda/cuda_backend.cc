@@ -159,11 +159,15 @@ class CudaBackend : public Backend {
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
     const double cpu = ThreadSeconds();
     TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
-    TANDEM_ASSIGN_OR_RETURN(cuda::StepGraph* const graph, GraphFor(batch));
     const bool bell = bell_ != nullptr && !stream && !batch.want_logits && n <= bell_->max_tokens();
-    absl::Status status;
-    if (bell) status = bell_->Begin(c_.num_moe_layers(), stream_);
-    if (!status.ok()) return status;
+    const absl::StatusOr<cuda::StepGraph*> chosen = GraphFor(batch);
+    absl::Status status = chosen.status();
+    if (status.ok() && bell) status = bell_->Begin(c_.num_moe_layers(), stream_);
+    if (!status.ok()) {
+      cudaStreamSynchronize(stream_);  // the description is on its way
+      return status;
+    }
+    cuda::StepGraph* const graph = *chosen;
     status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, stream, result);
     const double launched = ThreadSeconds();
     // Whatever is still on its way uses the buffers of this step.
@@ -312,8 +316,11 @@ class CudaBackend : public Backend {
       if (!captured.ok()) {
         spdlog::warn("no graphs any more: {}", std::string(captured.message()));
         ForgetGraphs();
-        return nullptr;
       }
+      // Capturing has pointed the workspace elsewhere.
+      TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream_), "a step on the GPU"));
+      TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
+      if (graphs_.empty()) return nullptr;
     }
     TANDEM_RETURN_IF_ERROR(StageRows(batch, 0, static_cast<int64_t>(n)));
     return (sampler_->greedy() ? greedy_graphs_ : graphs_)[n - 1].get();
