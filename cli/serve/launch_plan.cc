@@ -125,6 +125,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
     attention.argv.push_back(absl::StrCat("--max-decode-slowdown=", options.max_decode_slowdown));
   }
   if (!options.memory_check) attention.argv.push_back("--memory-check=false");
+  if (options.kv_cache_type != "bf16") attention.argv.push_back("--kv-cache-type=" + options.kv_cache_type);
   if (!options.stream_prefill.empty()) {
     attention.argv.push_back("--stream-prefill=" + options.stream_prefill);
   }

@@ -37,6 +37,8 @@ void AddServeFlags(Command& command, ServeOptions* o) {
               "How many times prompts may stretch the time between running streams' tokens (default 2)")
       .Number("vram-gb", &o->vram_gb, 0, 1e6,
               "10^9 bytes of GPU memory to use at most (default: what is free)", {"vram"})
+      .Choice("kv-cache-type", &o->kv_cache_type, {"bf16", "int8"},
+              "Values of a GPU's KV cache; int8 takes half the room")
       .Text("stream-prefill", &o->stream_prefill,
             "Prompts of so many tokens take the experts' weights to the GPU: auto, off or a number (default "
             "auto: where it is faster; needs weights in shared memory)")

@@ -29,8 +29,9 @@ struct ServeOptions {
   std::string prefix_cache = "on";
   double max_decode_slowdown = -1;  // below 0: the engine's default
   double vram_gb = 0;               // 0: what is free
-  std::string stream_prefill;       // empty: the engine's default
-  std::string arena;                // of the expert processes; empty: their default
+  std::string kv_cache_type = "bf16";
+  std::string stream_prefill;  // empty: the engine's default
+  std::string arena;           // of the expert processes; empty: their default
   std::string expert_groups = "auto";
   std::string precision = "fast";
   std::string model_name;  // by which clients know it; empty: the file's
