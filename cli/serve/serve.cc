@@ -138,7 +138,7 @@ absl::StatusOr<Prepared> Prepare(const ServeOptions& options, const std::string&
       plan.shards.size() > 1 && plan.shards[0].sliced ? " (slices)"
       : plan.shards.size() > 1                        ? " (expert ranges)"
                                                       : "",
-      ", CPU backend");
+      options.gpu == "none" ? ", CPU backend" : "");  // else the engine says what it took
   return out;
 }
 
