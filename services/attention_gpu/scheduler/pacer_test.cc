@@ -19,13 +19,14 @@ struct Outcome {
 // A machine: seconds of a step of so many running sequences and prompt tokens.
 using Machine = std::function<double(int32_t decoding, int32_t prompt_tokens)>;
 
-Outcome Drive(Pacer& pacer, const Machine& machine, int32_t decoding, int warm, int steps) {
+Outcome Drive(Pacer& pacer, const Machine& machine, int32_t decoding, int warm, int steps,
+              int32_t most_tokens = kMaxChunk) {
   Outcome out;
   std::vector<double> slowdowns;
   double time = 0;
   for (int i = 0; i < warm + steps; ++i) {
     const int32_t chunk = pacer.Chunk(decoding);
-    EXPECT_LE(chunk, kMaxChunk);
+    EXPECT_LE(chunk, most_tokens);
     const double seconds = machine(decoding, chunk);
     pacer.Observe(decoding, chunk, seconds);
     if (i < warm) continue;
@@ -89,6 +90,40 @@ TEST(Pacer, FollowsWhatAPromptCostsWhereItStands) {
     EXPECT_LE(Drive(pacer, Cheap, 1, 40, 200).largest, 2.01) << round;
     EXPECT_LE(Drive(pacer, Dear, 1, 40, 2000).mean, 2) << round;
   }
+}
+
+TEST(Pacer, UrgentPromptsMaySlowTheOthersDownInProportion) {
+  const Machine machine = [](int32_t decoding, int32_t prompt_tokens) {
+    return 20 * Cheap(decoding, prompt_tokens);
+  };
+  Pacer pacer(2, kMaxChunk, 16);
+  const Outcome calm = Drive(pacer, machine, 4, 40, 500);
+  pacer.SetUrgency(4);
+  const Outcome urgent = Drive(pacer, machine, 4, 40, 500);
+  EXPECT_GT(urgent.mean - 1, 3 * (calm.mean - 1));
+  EXPECT_LE(urgent.largest, 5);
+  EXPECT_GT(urgent.tokens, 3 * calm.tokens);
+  pacer.SetUrgency(1);
+  EXPECT_LE(Drive(pacer, machine, 4, 40, 500).largest, 2);
+}
+
+TEST(Pacer, UrgentPromptsMayTakeAsMuchAsASmoothTextAllows) {
+  Pacer pacer(2, kMaxChunk, 16);
+  Drive(pacer, Cheap, 4, 40, 100);
+  pacer.SetUrgency(1.1);
+  const Outcome urgent = Drive(pacer, Cheap, 4, 100, 500, 4 * kMaxChunk);
+  EXPECT_LE(urgent.largest * Cheap(4, 0), 0.031);
+  EXPECT_GT(urgent.tokens, 500 * 150);
+}
+
+TEST(Pacer, KnowsWhatAPromptTakesAlone) {
+  Pacer pacer(2, kMaxChunk, 16);
+  EXPECT_EQ(pacer.SecondsAlone(100), 0);
+  for (int i = 0; i < 20; ++i) pacer.Observe(0, 100, 0.02);
+  EXPECT_NEAR(pacer.SecondsAlone(1000), 0.2, 1e-6);
+  pacer.Observe(0, 1, 0.01);  // a single token at a prompt's end says nothing of the rest
+  Drive(pacer, Cheap, 2, 0, 50);
+  EXPECT_NEAR(pacer.SecondsAlone(1000), 0.2, 1e-6);
 }
 
 TEST(Pacer, AStallOfTheMachineIsForgotten) {

@@ -7,6 +7,15 @@
 #include "common/base/check.h"
 
 namespace tandem::attention {
+namespace {
+
+// What a prompt may take beside others: so many times as long as alone, and this at least. Beyond it, it is
+// urgent, in proportion, up to kMostUrgent.
+constexpr double kPatience = 6;
+constexpr double kLeastPatienceSeconds = 1;
+constexpr double kMostUrgent = 16;
+
+}  // namespace
 
 Planner::Planner(const SchedulerOptions& options, Backend& backend, HostPages host)
     : options_(options),
@@ -96,6 +105,7 @@ void Planner::Describe(SchedulerSnapshot& out) const {
 
 void Planner::Admit() {
   if (waiting_.empty()) return;
+  const absl::Time now = absl::Now();
   int64_t promised = 0;  // pages that running ones still need for the tokens they have
   for (const auto& s : running_) {
     promised +=
@@ -107,6 +117,7 @@ void Planner::Admit() {
     if (!running_.empty() && promised + needed > kv_.available()) return;
     promised += needed;
     if (options_.prefix_cache) query_tokens_ += s.tokens.size();
+    waiting_.front()->admitted = now;
     const auto at = std::find_if(running_.begin(), running_.end(),
                                  [&](const SequencePtr& r) { return r->number > s.number; });
     running_.insert(at, std::move(waiting_.front()));
@@ -150,8 +161,26 @@ bool Planner::WaitsForNeighbour(const Sequence& s) const {
   return false;
 }
 
+// How many times as long as can be expected a running prompt has been in the batch. What it waits for a
+// place does not count: those who run cannot shorten that by standing back.
+double Planner::UrgencyOf(const Sequence& s) const {
+  const auto own = static_cast<int64_t>(s.tokens.size()) - s.cached;
+  const double patience = std::max(kLeastPatienceSeconds, kPatience * pacer_.SecondsAlone(own));
+  return absl::ToDoubleSeconds(absl::Now() - s.admitted) / patience;
+}
+
+// Of the one that is worst off; at least 1.
+double Planner::Urgency() const {
+  double most = 1;
+  for (const auto& s : running_) {
+    if (!s->decoding() && !WaitsForNeighbour(*s)) most = std::max(most, UrgencyOf(*s));
+  }
+  return std::min(most, kMostUrgent);
+}
+
 int32_t Planner::PromptBudget(int32_t decoding) {
-  int32_t chunk = decoding > 0 ? pacer_.Chunk(decoding) : options_.chunk_size;
+  pacer_.SetUrgency(decoding > 0 ? Urgency() : 1);
+  int32_t chunk = decoding > 0 ? std::min(pacer_.Chunk(decoding), options_.chunk_size) : options_.chunk_size;
   // A step of many tokens takes long: not while somebody waits for his next one.
   if (decoding == 0 && LongPrompts()) chunk = max_step_tokens_;
   return std::min(chunk, max_step_tokens_ - decoding);
@@ -177,7 +206,8 @@ void Planner::ShareOut(int32_t budget, std::vector<int32_t>& counts) const {
   if (order.empty() || budget <= 0) return;
   const size_t first = order[0];
   const int32_t wanted = running_[first]->remaining();
-  counts[first] = std::min(wanted, order.size() > 1 ? (budget + 1) / 2 : budget);
+  const bool all = order.size() == 1 || UrgencyOf(*running_[first]) > 1;
+  counts[first] = std::min(wanted, all ? budget : (budget + 1) / 2);
   budget -= counts[first];
   std::stable_sort(order.begin() + 1, order.end(), [this](size_t a, size_t b) {
     return running_[a]->remaining() < running_[b]->remaining();

@@ -23,8 +23,10 @@ struct Plan {
 // The order of things: sequences enter the batch first come first served, when there is a place and room for
 // their whole prompt beside what the prompts before them still need. In a step all decode; of the prompt
 // budget the earliest prompt gets half and the shortest ones the rest, so that a long one stalls nobody and
-// is never stalled. When pages run out, the latest comer gives its own up and goes back to the queue; the
-// earliest can take all there are, so it always moves on. Not thread-safe.
+// is never stalled. Beside sequences that decode, the budget is the pacer's; it grows with the time that a
+// prompt has waited beyond what can be expected of it, and such a prompt goes first. When pages run out, the
+// latest comer gives its own up and goes back to the queue; the earliest can take all there are, so it always
+// moves on. Not thread-safe.
 class Planner {
  public:
   // `backend` must outlive the planner.
@@ -54,6 +56,8 @@ class Planner {
   void Gain(Sequence& s, int32_t gained);
   bool WaitsForNeighbour(const Sequence& s) const;
   int32_t PromptBudget(int32_t decoding);
+  double UrgencyOf(const Sequence& s) const;
+  double Urgency() const;
   bool LongPrompts() const;
   void ShareOut(int32_t budget, std::vector<int32_t>& counts) const;
   bool Reserve(Sequence& s, int32_t tokens);

@@ -24,7 +24,8 @@ struct Sequence {
   int32_t generated = 0;
   int32_t most_computed = 0;  // the highest that `computed` ever was: what preemption cannot count twice
   int32_t cached = 0;         // prompt tokens that others had computed
-  absl::Time arrived, started = absl::InfiniteFuture(), first_token, last_token;
+  // `admitted`: when it came into the batch, of late; `started`: when the first step had tokens of it.
+  absl::Time arrived, admitted, started = absl::InfiniteFuture(), first_token, last_token;
 
   int32_t remaining() const { return static_cast<int32_t>(tokens.size()) - computed; }
   bool decoding() const { return generated > 0 && remaining() == 1; }
