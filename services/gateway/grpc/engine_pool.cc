@@ -149,7 +149,6 @@ void EnginePool::Run() {
 }
 
 absl::StatusOr<std::shared_ptr<Engine>> EnginePool::Pick(const Want& want) {
-  const std::vector<uint64_t> pages = PrefixHashes(want.prompt);
   struct Candidate {
     Member* member;
     bool degraded, refused;
@@ -159,6 +158,9 @@ absl::StatusOr<std::shared_ptr<Engine>> EnginePool::Pick(const Want& want) {
   std::vector<std::string> reasons;
   bool other_model = false;
   std::lock_guard lock(mutex_);
+  // With one engine there is nothing to remember prompts for.
+  std::vector<uint64_t> pages;
+  if (members_.size() > 1) pages = PrefixHashes(want.prompt);
   for (const Name& name : names_) {
     if (!name.status.ok())
       reasons.push_back(absl::StrCat("engine ", name.address, ": ", name.status.message()));
