@@ -14,6 +14,10 @@ void SetTablesForTesting(const KTables* tables);
 // Whether the processor drops requests for memory (prefetches) that come fast: AMD's do.
 bool DropsRequests();
 
+// Whether the processor has AMX-BF16 and AVX512-BF16, and this build the unit that uses them; beside Isa::kAmx,
+// which it does not imply.
+bool HasBf16Tiles();
+
 // Makes sure that this thread's scratch exists; valid until the thread ends.
 uint8_t* ThreadScratch();
 

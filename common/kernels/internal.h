@@ -107,6 +107,41 @@ const KTables* Avx512Tables();
 const KTables* Avx512VnniTables();
 const KTables* AmxTables();
 
+// Products with bf16 tiles, see bulk.h. Weight rows by kTileRows, columns by kUnit.
+constexpr int kBulkBlockRows = 64;  // weights are decoded for so many rows at once
+constexpr int kBulkMostUnits = 4;   // and so many units
+
+struct BulkArgs {
+  uint32_t type;  // Q4_K, Q5_K, Q6_K or Q8_0
+  const uint8_t* w;
+  int64_t row_bytes;
+  int64_t rows;       // a multiple of 32
+  int64_t cols;       // a multiple of kUnit
+  const uint16_t* x;  // [tiles][cols / 32][16 pairs of columns][16 tokens][2]
+  int64_t tiles;      // of 16 tokens
+  float* sums;        // [rows / 16][tiles][16 rows][16 tokens]
+  uint8_t* scratch;   // kScratchBytes, 64-byte aligned, the calling thread's own
+
+  const uint8_t* next;  // what the thread will read after this call; nullptr: unknown
+  int64_t next_row_bytes;
+  int64_t next_used;  // bytes of a row that will be read
+  int64_t next_rows;
+};
+
+struct BulkTables {
+  void (*matmul)(const BulkArgs& args);
+  // A tile of the rows ids[0 .. n) of x, [cols] each, n <= 16.
+  void (*pack)(const uint16_t* x, int64_t cols, const int32_t* ids, int64_t n, uint16_t* to);
+  // Sums of a product become the columns [row_begin, row_begin + rows) of the next one's tokens; order[i] is
+  // the column that stands at place i of a unit there.
+  void (*pack_rows)(const uint8_t* order, const float* sums, int64_t tiles, int64_t row_begin, int64_t rows,
+                    int64_t cols, uint16_t* to);
+  // sum[ids[i] * ld + r] += (weights[i] * sums[r, i] + grid) - grid for n tokens.
+  void (*add)(const float* sums, int64_t tiles, int64_t rows, int64_t n, const float* weights,
+              const int32_t* ids, double* sum, int64_t ld, double grid);
+};
+const BulkTables* BulkAmxTables();  // nullptr where this build has no such unit
+
 // exp(x) = 2^n * p(r), n = rint(x * kLog2e), r = x - n * ln 2 with ln 2 in two parts, p(r) = 1 + r + r^2 *
 // (c0 + c1 r + ... + c4 r^4), all by fma in Horner's order; x is clamped to [kExpLow, kExpHigh]. Minimax on
 // |r| <= ln(2) / 2; relative error below 8e-8.

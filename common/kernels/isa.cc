@@ -138,6 +138,20 @@ bool DropsRequests() {
 #endif
 }
 
+bool HasBf16Tiles() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+    if (BulkAmxTables() == nullptr || DetectIsa() < Isa::kAmx) return false;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 22 & 1) == 0) return false;  // AMX-BF16
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;              // AVX512-BF16
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 const KTables& TablesFor(Isa isa) {
   switch (isa) {
     case Isa::kScalar:

@@ -8,6 +8,7 @@ const KTables* Avx2Tables() { return nullptr; }
 const KTables* Avx512Tables() { return nullptr; }
 const KTables* Avx512VnniTables() { return nullptr; }
 const KTables* AmxTables() { return nullptr; }
+const BulkTables* BulkAmxTables() { return nullptr; }
 
 PageFn Avx2Page() { return nullptr; }
 PageFn Avx512Page() { return nullptr; }

@@ -13,6 +13,7 @@
 #include "common/model/expert_sum.h"
 #include "common/quant/quant.h"
 #include "common/threading/claims.h"
+#include "services/expert_cpu/moe/bulk_experts.h"
 #include "services/expert_cpu/moe/grouping.h"
 
 namespace tandem::expert {
@@ -76,7 +77,8 @@ struct Moe::Impl {
         pool(p),
         options(o),
         gather(o.precision == kernels::Precision::kFast && kernels::ActiveIsa() == kernels::Isa::kAmx),
-        claims(p.threads()) {}
+        claims(p.threads()),
+        bulk_experts(p, claims) {}
 
   const Shard& shard;
   threading::ThreadPool& pool;
@@ -97,11 +99,14 @@ struct Moe::Impl {
   std::vector<std::atomic<int64_t>> units_left;
   std::vector<double> sum;  // [n_tokens, hidden]
   threading::Claims claims;
+  BulkExperts bulk_experts;
 
   absl::Status Validate(const Call& call, const ShardLayer* layer, uint64_t answer_bytes) const;
   template <typename Fn>
   void ForTokens(int64_t n, const Fn& fn);
   void ReadExperts(const Call& call);
+  void ForwardInBulk(const Call& call, const ShardLayer& layer);
+  void ForwardExactly(const Call& call, const ShardLayer& layer);
   void ReadActivations(const Call& call, const ShardLayer& layer);
   void Gather(const Wave& wave);
   void GateUp(const ShardLayer& layer, const Wave& wave);
@@ -147,6 +152,28 @@ void Moe::Impl::ReadExperts(const Call& call) {
   std::memcpy(ids.data(), call.expert_ids.data(), call.expert_ids.size());
   id_weights.resize(ids.size());
   std::memcpy(id_weights.data(), call.expert_weights.data(), call.expert_weights.size());
+}
+
+void Moe::Impl::ForwardInBulk(const Call& call, const ShardLayer& layer) {
+  const int64_t hidden = shard.plan().hidden_size;
+  Grow(sum, call.n_tokens * hidden);
+  ForTokens(call.n_tokens, [&](int64_t begin, int64_t end) {
+    std::fill(sum.begin() + begin * hidden, sum.begin() + end * hidden, 0.0);
+  });
+  bulk_experts.Forward(layer, grouping, call.n_tokens, call.activations,
+                       call.activation_type == ActivationType::kBf16, sum.data());
+}
+
+void Moe::Impl::ForwardExactly(const Call& call, const ShardLayer& layer) {
+  ReadActivations(call, layer);
+  for (int64_t i = static_cast<int64_t>(counting.size()); i < call.n_tokens * call.experts_per_token; ++i) {
+    counting.push_back(static_cast<int32_t>(i));
+  }
+  for (const Wave& wave : MakeWaves(grouping.groups())) {
+    Gather(wave);
+    GateUp(layer, wave);
+    Down(layer, wave);
+  }
 }
 
 void Moe::Impl::ReadActivations(const Call& call, const ShardLayer& layer) {
@@ -318,14 +345,10 @@ absl::StatusOr<CallStatistics> Moe::Forward(const Call& call, std::span<uint8_t>
     }
   }
   m.grouping.Build(m.ids, m.id_weights, k, plan.expert_begin, plan.expert_end);
-  m.ReadActivations(call, *layer);
-  for (int64_t i = static_cast<int64_t>(m.counting.size()); i < call.n_tokens * k; ++i) {
-    m.counting.push_back(static_cast<int32_t>(i));
-  }
-  for (const Wave& wave : MakeWaves(m.grouping.groups())) {
-    m.Gather(wave);
-    m.GateUp(*layer, wave);
-    m.Down(*layer, wave);
+  if (call.bulk && m.options.precision == kernels::Precision::kFast && BulkExperts::Serves(*layer)) {
+    m.ForwardInBulk(call, *layer);
+  } else {
+    m.ForwardExactly(call, *layer);
   }
   m.WriteAnswer(call, answer);
 

@@ -5,7 +5,7 @@
 // The batch is grouped by expert and every distinct expert is read from memory once a call, however many
 // tokens share it. An answer depends on its token alone: not on the batch, the number of threads, or (summed
 // up from F64 answers and rounded) on how the experts are shared out, bit for bit; see
-// common/model/expert_sum.h.
+// common/model/expert_sum.h. (Of bulk calls all of this is true but for slices: see bulk_experts.h.)
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,9 @@ struct Call {
   std::span<const uint8_t> activations;     // [n_tokens, hidden_size] of activation_type
   ActivationType activation_type = ActivationType::kF32;
   AnswerType answer_type = AnswerType::kF32;
+  // The caller is content with the precision of bfloat16 (common/kernels/bulk.h), which is faster where the
+  // processor has tiles for it. Without them, or for weights that have no kernel for it, it means nothing.
+  bool bulk = false;
 };
 
 struct CallStatistics {
