@@ -126,6 +126,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
   }
   if (!options.memory_check) attention.argv.push_back("--memory-check=false");
   if (options.kv_cache_type != "bf16") attention.argv.push_back("--kv-cache-type=" + options.kv_cache_type);
+  pass("--defer-experts=", options.defer_experts);
   if (!options.stream_prefill.empty()) {
     attention.argv.push_back("--stream-prefill=" + options.stream_prefill);
   }

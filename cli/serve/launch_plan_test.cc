@@ -126,6 +126,9 @@ TEST(PlanProcesses, StreamingAndItsMemoryArePassedOnWhereGiven) {
   EXPECT_THAT(plan()[2].argv, Not(Contains(HasSubstr("--kv-cache-type"))));
   options.kv_cache_type = "int8";
   EXPECT_THAT(plan()[2].argv, Contains("--kv-cache-type=int8"));
+  EXPECT_THAT(plan()[2].argv, Not(Contains(HasSubstr("--defer-experts"))));
+  options.defer_experts = 2;
+  EXPECT_THAT(plan()[2].argv, Contains("--defer-experts=2"));
   options.stream_prefill = "700";
   options.arena = "shared";
   EXPECT_THAT(plan()[0].argv, Contains("--arena=shared"));

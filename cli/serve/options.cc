@@ -39,6 +39,10 @@ void AddServeFlags(Command& command, ServeOptions* o) {
               "10^9 bytes of GPU memory to use at most (default: what is free)", {"vram"})
       .Choice("kv-cache-type", &o->kv_cache_type, {"bf16", "int8"},
               "Values of a GPU's KV cache; int8 takes half the room")
+      .Integer(
+          "defer-experts", &o->defer_experts, 0, 1023,
+          "So many of a generated token's experts, the least weighty ones, are added a layer later: faster "
+          "with a GPU, other answers (default 0)")
       .Text("stream-prefill", &o->stream_prefill,
             "Prompts of so many tokens take the experts' weights to the GPU: auto, off or a number (default "
             "auto: where it is faster; needs weights in shared memory)")

@@ -115,6 +115,14 @@ absl::Status CallClient::EndRun(bool made_all, const absl::Status& why) {
   return aborted_;
 }
 
+uint32_t CallClient::Answers() const {
+  uint32_t sum = 0;
+  for (uint64_t i = 0; i < layout_.shape().slots; ++i) {
+    sum += Control(i).answered.sequence.load(std::memory_order_relaxed);
+  }
+  return sum;
+}
+
 void CallClient::SetAwake(bool awake) {
   for (uint64_t i = 0; i < layout_.shape().slots; ++i) shm::SetAwake(Control(i).bell, awake);
 }

@@ -1,4 +1,4 @@
-// The calling side of a call region. One call is in flight at a time.
+// The calling side of a call region. One call is in flight at a time, but for those that a device makes.
 #pragma once
 
 #include <atomic>
@@ -50,16 +50,14 @@ class CallClient {
   absl::StatusOr<CallAnswer> Await(absl::Time deadline);
 
   // A device makes the next `calls` calls by itself, in the region: numbers first (returned), first + 1, ...,
-  // each rung after the answer to the one before. Until EndRun the host does not sleep between them, and
-  // Abort ends all that are left. The reason of Abort, if that was before.
+  // each rung after the answer to the one that had its slot before. Until EndRun the host does not sleep
+  // between them, and Abort ends all that are left. The reason of Abort, if that was before.
   absl::StatusOr<uint64_t> BeginRun(uint64_t calls);
   // The device makes no more of them: all were answered, or it has given up. `made_all` false aborts the
   // session with `why`, since nobody knows which number is next. The reason of Abort, if there was one.
   absl::Status EndRun(bool made_all, const absl::Status& why);
-  // Number of the last answer to be seen; any thread, while there is a run.
-  uint32_t LastAnswer(uint64_t sequence) const {
-    return Control(sequence).answered.sequence.load(std::memory_order_relaxed);
-  }
+  // Another number after every answer; any thread, while there is a run.
+  uint32_t Answers() const;
   // What the host said of call `sequence` of the run that is under way or was the last one.
   absl::Status AnswerStatus(uint64_t sequence);
 

@@ -88,8 +88,10 @@ class Device {
  public:
   Device(const CallClient& client, uint64_t first) : client_(client), next_(first) {}
 
-  // False: the wait was ended by Abort, or the host's answer is none.
-  bool Call(uint32_t layer, float value, float* answer) {
+  bool Call(uint32_t layer, float value, float* answer) { return Wait(Ring(layer, value), answer); }
+
+  // The call's number.
+  uint64_t Ring(uint32_t layer, float value) {
     const uint64_t sequence = next_++, slot = sequence % client_.layout().shape().slots;
     SlotControl& control = client_.layout().Control(client_.region(), slot);
     WriteOnce(control.request.sequence, sequence);
@@ -101,6 +103,13 @@ class Device {
     WriteOnce(control.request.output_type, static_cast<uint32_t>(ValueType::kF32));
     std::memcpy(client_.layout().Input(client_.region(), slot, 1, ValueType::kF32).data(), &value, 4);
     control.bell.sequence.store(static_cast<uint32_t>(sequence), std::memory_order_release);
+    return sequence;
+  }
+
+  // False: the wait was ended by Abort, or the host's answer is none.
+  bool Wait(uint64_t sequence, float* answer) {
+    const uint64_t slot = sequence % client_.layout().shape().slots;
+    SlotControl& control = client_.layout().Control(client_.region(), slot);
     while (static_cast<int32_t>(control.answered.sequence.load(std::memory_order_acquire) -
                                 static_cast<uint32_t>(sequence)) < 0) {
     }
@@ -126,12 +135,32 @@ TEST_P(CallTest, ADeviceMakesCallsBetweenTheClients) {
     for (uint32_t i = 0; i < 50; ++i) {
       if (i % 10 == 0) absl::SleepFor(absl::Milliseconds(1));
       float answer = 0;
+      const uint32_t before = client_->Answers();
       ASSERT_TRUE(device.Call(i % 9, static_cast<float>(i), &answer));
+      ASSERT_NE(client_->Answers(), before);
       ASSERT_EQ(answer, static_cast<float>(i + i % 9));
     }
-    EXPECT_EQ(client_->LastAnswer(*first + 49), static_cast<uint32_t>(*first + 49));
     EXPECT_TRUE(client_->EndRun(true, absl::OkStatus()).ok());
   }
+  host.join();
+}
+
+TEST_P(CallTest, ADeviceHasACallInEverySlot) {
+  Open(GetParam(), 0xfffffff0);
+  std::thread host([this] { Serve(101); });
+  const auto first = client_->BeginRun(100);
+  ASSERT_TRUE(first.ok()) << first.status();
+  Device device(*client_, *first);
+  const auto value = [](uint64_t i) { return static_cast<float>(3 * i); };
+  uint64_t rung = 0;
+  for (uint64_t i = 0; i < 100; ++i) {
+    for (; rung < 100 && rung < i + GetParam(); ++rung) device.Ring(rung % 9, value(rung));
+    float answer = 0;
+    ASSERT_TRUE(device.Wait(*first + i, &answer)) << "call " << i;
+    ASSERT_EQ(answer, value(i) + static_cast<float>(i % 9));
+  }
+  EXPECT_TRUE(client_->EndRun(true, absl::OkStatus()).ok());
+  EXPECT_TRUE(Call(3, 1, 2.0f).ok());
   host.join();
 }
 

@@ -79,6 +79,7 @@ struct Settings {
   int32_t host_pages = 0;
   bool prefix_cache = true;
   int32_t batch = 16;
+  int32_t defer_experts = 0;
 };
 
 class Engine {
@@ -91,6 +92,7 @@ class Engine {
     b.threads.threads = 2;
     b.page_tokens = kPageTokens;
     b.page_count = settings.pages;
+    b.defer_experts = settings.defer_experts;
     auto backend = attention::CreateCpuBackend(
         *file_, config, b, std::move(*MakeLocalExperts(path, {{}}, kernels::Precision::kFast, 2)));
     SchedulerOptions o;
@@ -142,21 +144,25 @@ std::vector<SequenceRequest> Sixteen() {
   return out;
 }
 
-// Each of the sixteen by itself, nothing kept from one to the next.
+// Each by itself, nothing kept from one to the next.
+std::vector<Answer> Alone(const std::vector<SequenceRequest>& requests, int32_t defer_experts) {
+  Engine engine({.prefix_cache = false, .defer_experts = defer_experts});
+  std::vector<Answer> out;
+  for (const SequenceRequest& r : requests) out.push_back(engine.Run(r));
+  return out;
+}
+
+// The sixteen.
 const std::vector<Answer>& Alone() {
-  static const std::vector<Answer> answers = [] {
-    Engine engine({.prefix_cache = false});
-    std::vector<Answer> out;
-    for (const SequenceRequest& r : Sixteen()) out.push_back(engine.Run(r));
-    return out;
-  }();
+  static const std::vector<Answer> answers = Alone(Sixteen(), 0);
   return answers;
 }
 
-void ExpectAsAlone(const std::vector<Answer>& answers) {
-  ASSERT_EQ(answers.size(), Alone().size());
-  for (size_t i = 0; i < answers.size(); ++i) EXPECT_TRUE(Same(answers[i], Alone()[i])) << "sequence " << i;
+void ExpectSame(const std::vector<Answer>& answers, const std::vector<Answer>& want) {
+  ASSERT_EQ(answers.size(), want.size());
+  for (size_t i = 0; i < answers.size(); ++i) EXPECT_TRUE(Same(answers[i], want[i])) << "sequence " << i;
 }
+void ExpectAsAlone(const std::vector<Answer>& answers) { ExpectSame(answers, Alone()); }
 
 TEST(Scheduling, InABatchWithFifteenOthers) {
   Engine engine({.prefix_cache = false});
@@ -201,18 +207,17 @@ TEST(Scheduling, WithACopyOfTheLastPage) {
 }
 
 // Short prompts with long answers: all find room at first, and then have to make way for each other.
+std::vector<SequenceRequest> LongAnswers() {
+  std::vector<SequenceRequest> out;
+  for (int i = 0; i < 8; ++i) out.push_back(Request(Piece(90 * i, 33 + i), 150));
+  return out;
+}
+
 TEST(Scheduling, AfterPreemption) {
-  std::vector<SequenceRequest> requests;
-  for (int i = 0; i < 8; ++i) requests.push_back(Request(Piece(90 * i, 33 + i), 150));
-  std::vector<Answer> alone;
-  {
-    Engine engine({.prefix_cache = false});
-    for (const SequenceRequest& r : requests) alone.push_back(engine.Run(r));
-  }
+  const std::vector<Answer> alone = Alone(LongAnswers(), 0);
   for (const bool prefix_cache : {true, false}) {
     Engine engine({.pages = 20, .prefix_cache = prefix_cache});
-    const std::vector<Answer> answers = engine.Run(requests);
-    for (size_t i = 0; i < answers.size(); ++i) EXPECT_TRUE(Same(answers[i], alone[i])) << "sequence " << i;
+    ExpectSame(engine.Run(LongAnswers()), alone);
     engine.Drain();
     EXPECT_GT(engine.Now().preemptions, 0u) << "the test does not test preemption";
     EXPECT_EQ(engine.Now().kv.used, 0);
@@ -229,24 +234,48 @@ TEST(Scheduling, WithPagesThatReturnFromTheHost) {
   EXPECT_GE(engine.cached(), offered - 16 * kPageTokens) << "the second time all full pages are known";
 }
 
-// As the gateway resumes a stream on an engine that has just been started, or on one that knows it.
+// As the gateway resumes the sixteen, of whose answers `whole` the first `cut` tokens are known.
+void ExpectResumed(Engine& engine, const std::vector<Answer>& whole, size_t cut) {
+  std::vector<SequenceRequest> requests = Sixteen();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    for (size_t j = 0; j < cut; ++j) requests[i].prompt.push_back(whole[i][j].token);
+    requests[i].max_new_tokens -= static_cast<int32_t>(cut);
+    requests[i].resumed_tokens = static_cast<int32_t>(cut);
+  }
+  const std::vector<Answer> rest = engine.Run(requests);
+  for (size_t i = 0; i < rest.size(); ++i) {
+    const Answer want(whole[i].begin() + static_cast<int64_t>(cut), whole[i].end());
+    EXPECT_TRUE(Same(rest[i], want)) << "sequence " << i << " cut after " << cut;
+  }
+}
+
+// On an engine that has just been started, or on one that knows them.
 TEST(Scheduling, AfterResume) {
   for (const bool prefix_cache : {true, false}) {
     Engine engine({.prefix_cache = prefix_cache});
-    for (const size_t cut : {1u, 17u, 39u}) {
-      std::vector<SequenceRequest> requests = Sixteen();
-      for (size_t i = 0; i < requests.size(); ++i) {
-        for (size_t j = 0; j < cut; ++j) requests[i].prompt.push_back(Alone()[i][j].token);
-        requests[i].max_new_tokens -= static_cast<int32_t>(cut);
-        requests[i].resumed_tokens = static_cast<int32_t>(cut);
-      }
-      const std::vector<Answer> rest = engine.Run(requests);
-      for (size_t i = 0; i < rest.size(); ++i) {
-        const Answer want(Alone()[i].begin() + static_cast<int64_t>(cut), Alone()[i].end());
-        EXPECT_TRUE(Same(rest[i], want)) << "sequence " << i << " cut after " << cut;
-      }
-    }
+    for (const size_t cut : {1u, 17u, 39u}) ExpectResumed(engine, Alone(), cut);
   }
+}
+
+// Experts of generated tokens are deferred, of prompts never: answers are others, from the second token on,
+// but do not depend on company, preemption or a new beginning either.
+TEST(Scheduling, WithDeferredExperts) {
+  const std::vector<Answer> alone = Alone(Sixteen(), 2);
+  size_t same = 0;
+  for (size_t i = 0; i < alone.size(); ++i) {
+    EXPECT_TRUE(Same({alone[i][0]}, {Alone()[i][0]})) << "sequence " << i;
+    same += Same(alone[i], Alone()[i]) ? 1 : 0;
+  }
+  EXPECT_EQ(same, 0u) << "nothing was deferred";
+  for (const bool prefix_cache : {false, true}) {
+    Engine engine({.prefix_cache = prefix_cache, .defer_experts = 2});
+    ExpectSame(engine.Run(Sixteen()), alone);
+    for (const size_t cut : {1u, 17u}) ExpectResumed(engine, alone, cut);
+  }
+  Engine engine({.pages = 20, .defer_experts = 2});
+  ExpectSame(engine.Run(LongAnswers()), Alone(LongAnswers(), 2));
+  engine.Drain();
+  EXPECT_GT(engine.Now().preemptions, 0u);
 }
 
 }  // namespace

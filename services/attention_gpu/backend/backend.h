@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -22,6 +23,8 @@ struct StepSequence {
   // Page i holds positions [i * page_tokens, (i + 1) * page_tokens). Sequences may have pages in common, but
   // not those that the step writes.
   std::span<const int32_t> pages;
+  // Tokens at this position and behind were generated, not given: those that --defer-experts is for.
+  int32_t generated_from = std::numeric_limits<int32_t>::max();
   bool sample = false;                                           // choose a token after the last of these
   const SamplingParams* params = nullptr;                        // if sample
   const std::unordered_map<int32_t, int32_t>* counts = nullptr;  // if sample: generated tokens, for penalties
@@ -48,6 +51,8 @@ struct StepResult {
 
 // InvalidArgument if the step has more tokens than a backend takes.
 absl::Status CheckStepTokens(const StepBatch& batch, int32_t max_step_tokens);
+// Whether some of the step's tokens were generated.
+bool HasGeneratedTokens(const StepBatch& batch);
 
 // Not thread-safe: one caller, the scheduler's thread.
 class Backend {

@@ -163,7 +163,7 @@ class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
 
   uint64_t Progress() const override {
     uint64_t sum = 0;
-    for (size_t i = 0; i < processes_.size(); ++i) sum += processes_[i].link->client()->LastAnswer(run_[i]);
+    for (const Process& p : processes_) sum += p.link->client()->Answers();
     return sum;
   }
 
@@ -222,6 +222,7 @@ class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
     format_.hidden_size = config_.hidden_size;
     format_.max_tokens = options_.max_call_tokens > 0 ? options_.max_call_tokens : 1 << 20;
     format_.experts_per_token = config_.num_experts_per_tok;
+    format_.slots = options_.slots;
     format_.float_activations = options_.reference_precision;
     format_.exact_answers = processes_.size() > 1;
     for (const Process& p : processes_) {

@@ -33,8 +33,9 @@ class DeviceCalls {
   virtual shm::ValueType output_type() const = 0;  // of answers: F32, or F64 where several are added
   virtual absl::Duration call_timeout() const = 0;
 
-  // The device will make `calls` calls to every process, each after all answers to the one before. Returns
-  // the number of the first for each ring; the numbers go up by one. Unavailable: a process is gone.
+  // The device will make `calls` calls to every process, as many of them in flight as the rings have slots: a
+  // slot is used again after its answer was read. Returns the number of the first for each ring; the numbers
+  // go up by one. Unavailable: a process is gone.
   virtual absl::StatusOr<std::vector<uint64_t>> BeginRun(uint64_t calls) = 0;
   // All have been answered, or the device has given up (made_all false), which breaks the group. Unavailable:
   // a process was lost on the way.

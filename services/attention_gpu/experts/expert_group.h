@@ -69,6 +69,7 @@ struct ExpertOptions {
   ExpertTransport transport = ExpertTransport::kAuto;
   int64_t max_call_tokens = 0;  // of the calls to come: sizes the shared memory; 0: what the processes take
   absl::Duration spin;          // how long a wait for an answer in shared memory looks before it sleeps
+  uint32_t slots = 1;           // calls that a device may have in flight; a power of two
 };
 
 // Connects, waits until all serve, and checks that they hold the same model and that their shards together

@@ -26,6 +26,7 @@ struct CallFormat {
   int64_t hidden_size = 0;
   int64_t max_tokens = 0;          // of a call
   int64_t experts_per_token = 0;   // k
+  uint32_t slots = 1;              // of the shared memory: calls that a device may have in flight
   bool float_activations = false;  // float32, else bfloat16
   bool exact_answers = false;      // F64 partial sums, else float32
 

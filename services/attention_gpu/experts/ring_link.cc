@@ -154,7 +154,7 @@ class RingLink final : public ExpertLink {
     v1::AttachOpen open;
     open.set_max_tokens(static_cast<uint32_t>(format_.max_tokens));
     open.set_experts_per_token(static_cast<uint32_t>(format_.experts_per_token));
-    open.set_slots(1);
+    open.set_slots(format_.slots);
     TANDEM_ASSIGN_OR_RETURN(const v1::AttachRegion region, lease_->Open(open));
     shm::RegionShape shape;
     shape.slots = open.slots();

@@ -249,6 +249,7 @@ void Planner::Add(Sequence& s, int32_t count, Plan& plan) {
   out.count = count;
   out.position = s.computed;
   out.pages = s.kv.pages;
+  out.generated_from = static_cast<int32_t>(s.request.prompt.size()) - s.request.resumed_tokens;
   out.sample = count == s.remaining();
   out.params = &s.request.sampling;
   out.counts = &s.counts;

@@ -23,6 +23,7 @@
 #include "common/topology/limits.h"
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/backend/cuda/cuda_backend.h"
+#include "services/attention_gpu/experts/deferral.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/expert_watch.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
@@ -160,6 +161,11 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                c.num_experts_per_tok, c.n_group, c.topk_group, c.expert_groups_source);
   // What is wrong with the file is said now, not after the experts have been waited for.
   TANDEM_RETURN_IF_ERROR(model::BindTensors(*out.file, c).status());
+  TANDEM_RETURN_IF_ERROR(CheckDeferExperts(c, o.defer_experts));
+  if (o.defer_experts > 0) {
+    spdlog::info("{} of a generated token's {} experts are added a layer later: answers change with it",
+                 o.defer_experts, c.num_experts_per_tok);
+  }
   TANDEM_ASSIGN_OR_RETURN(const Sizes sizes, ChooseSizes(o, c));
   TANDEM_ASSIGN_OR_RETURN(const threading::ThreadPool::Options threads, ChooseThreads(o));
   CudaBackendOptions on_gpu;
@@ -175,6 +181,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   on_gpu.max_graph_rows = o.max_batch_size;
   on_gpu.bell = o.gpu_bell;
   on_gpu.int8_cache = o.kv_cache_type == "int8";
+  on_gpu.defer_experts = o.defer_experts;
   TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu,
                           ChooseGpu(o, *out.file, c, on_gpu, sizes.gpu_most));
   const int32_t pages = gpu ? gpu->page_count : sizes.pages;
@@ -205,6 +212,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                   : o.expert_transport == "grpc" ? ExpertTransport::kGrpc
                                                  : ExpertTransport::kAuto;
     g.max_call_tokens = MaxStepTokens(o, gpu.has_value());
+    if (gpu && o.defer_experts > 0) g.slots = kDeferralSlots;
     const int busy_threads = o.threads > 0 ? o.threads : shm::AllowedCpus();
     g.spin = o.expert_spin_us >= 0 ? absl::Microseconds(o.expert_spin_us)
                                    : shm::WaitPolicy::ForMachine(busy_threads).spin;
@@ -228,6 +236,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     b.page_count = pages;
     b.max_step_tokens = MaxStepTokens(o, false);
     b.experts_share_cpus = experts_share_cpus;
+    b.defer_experts = o.defer_experts;
     TANDEM_ASSIGN_OR_RETURN(backend, CreateCpuBackend(*out.file, c, b, std::move(experts)));
   }
   out.backend = backend->name();

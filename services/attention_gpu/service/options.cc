@@ -51,6 +51,11 @@ ParsedOptions ParseOptions(int argc, char** argv) {
                  "values of the GPU's KV cache: bf16, or int8 in half the room")
       ->check(CLI::IsMember({"bf16", "int8"}))
       ->capture_default_str();
+  app.add_option("--defer-experts", o.defer_experts,
+                 "so many of a generated token's experts, those of the smallest weights, are added a layer "
+                 "later, while the next one's attention runs; changes answers; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_option(
          "--stream-prefill", o.stream_prefill,
          "with a GPU: prompts of so many tokens take the experts' weights to it over PCIe; auto: where "

@@ -22,6 +22,7 @@ struct Options {
   std::string gpu = "auto";  // or none, or a device number
   std::string gpu_bell = "auto";
   std::string kv_cache_type = "bf16";   // of the GPU's KV cache
+  int32_t defer_experts = 0;            // of a token's experts, those added a layer later
   double vram_gb = 0;                   // 10^9 bytes that may be taken of the GPU's memory; 0: what is free
   std::string stream_prefill = "auto";  // or off, or the least tokens of a prompt
   int32_t stream_chunk_size = 4096;     // prompt tokens of a step that streams

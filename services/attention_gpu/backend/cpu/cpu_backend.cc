@@ -13,6 +13,7 @@
 #include "services/attention_gpu/backend/cpu/mla_attention.h"
 #include "services/attention_gpu/backend/cpu/router.h"
 #include "services/attention_gpu/backend/cpu/weights.h"
+#include "services/attention_gpu/experts/deferral.h"
 
 namespace tandem::attention {
 namespace {
@@ -41,6 +42,7 @@ class CpuBackend : public Backend {
       : file_(file), c_(config), options_(options), experts_(std::move(experts)), pool_(options.threads) {}
 
   absl::Status Init() {
+    TANDEM_RETURN_IF_ERROR(CheckDeferExperts(c_, options_.defer_experts));
     TANDEM_ASSIGN_OR_RETURN(weights_, CpuWeights::Load(file_, c_, options_.precision, pool_));
     TANDEM_ASSIGN_OR_RETURN(cache_, LatentCache::Create(c_.num_hidden_layers, options_.page_count,
                                                         options_.page_tokens, c_.latent_dim()));
@@ -101,6 +103,10 @@ class CpuBackend : public Backend {
     rows_.resize(n_);
     for (const StepSequence& s : batch.sequences) {
       for (int32_t i = 0; i < s.count; ++i) rows_[s.first + i] = {&s, int64_t{s.position} + i};
+    }
+    defers_.clear();
+    if (options_.defer_experts > 0 && HasGeneratedTokens(batch)) {
+      for (const Row& row : rows_) defers_.push_back(row.position >= row.sequence->generated_from ? 1 : 0);
     }
     const int64_t pairs = c_.qk_rope_head_dim / 2;
     rope_.resize(n_ * pairs * 2);
@@ -322,15 +328,18 @@ class CpuBackend : public Backend {
     const CpuLayer& w = weights_.layers[layer];
     const int64_t hidden = c_.hidden_size;
     NormRows(x_.data(), w.ffn_norm, hidden, normed_.data());
-    const bool moe = c_.IsMoe(layer);
+    const bool moe = c_.IsMoe(layer), defers = Defers(layer);
     if (moe) {
       ChooseExperts(layer);
       if (trace != nullptr)
         trace->routing.push_back({static_cast<int32_t>(layer), expert_ids_, expert_weights_});
-      const ExpertCall call{
-          static_cast<int32_t>(layer), static_cast<int32_t>(n_), static_cast<int32_t>(c_.num_experts_per_tok),
-          expert_ids_.data(),          expert_weights_.data(),   normed_.data()};
-      TANDEM_RETURN_IF_ERROR(experts_->Start(call));
+      if (defers) {
+        split_.Assign(expert_ids_.data(), expert_weights_.data(), defers_, c_.num_experts_per_tok,
+                      options_.defer_experts);
+      }
+      const auto& ids = defers ? split_.ids : expert_ids_;
+      const auto& weights = defers ? split_.weights : expert_weights_;
+      TANDEM_RETURN_IF_ERROR(experts_->Start(Call(layer, ids, weights)));
       routed_.resize(n_ * hidden);
       if (options_.experts_share_cpus) TANDEM_RETURN_IF_ERROR(experts_->Finish(routed_.data()));
     }
@@ -351,7 +360,34 @@ class CpuBackend : public Backend {
       AddToX(routed_.data());
     }
     if (w.has_ffn) AddToX(delta_.data());
-    return absl::OkStatus();
+    if (Defers(layer - 1)) AddDeferred();
+    if (!defers) return absl::OkStatus();
+    deferred_.resize(n_ * hidden);
+    TANDEM_RETURN_IF_ERROR(experts_->Start(Call(layer, split_.later_ids, split_.later_weights)));
+    return experts_->Finish(deferred_.data());
+  }
+
+  ExpertCall Call(int64_t layer, const std::vector<int32_t>& ids, const std::vector<float>& weights) const {
+    return {static_cast<int32_t>(layer),
+            static_cast<int32_t>(n_),
+            static_cast<int32_t>(c_.num_experts_per_tok),
+            ids.data(),
+            weights.data(),
+            normed_.data()};
+  }
+
+  // Whether a part of the layer's experts is added a layer later.
+  bool Defers(int64_t layer) const {
+    return !defers_.empty() && c_.IsMoe(layer) && layer + 1 < c_.num_hidden_layers;
+  }
+
+  // What the layer before has deferred.
+  void AddDeferred() {
+    const int64_t hidden = c_.hidden_size;
+    for (int64_t t = 0; t < n_; ++t) {
+      if (defers_[t] == 0) continue;
+      kernels::Axpy(1.0f, deferred_.data() + t * hidden, x_.data() + t * hidden, hidden);
+    }
   }
 
   void ChooseExperts(int64_t layer) {
@@ -427,6 +463,7 @@ class CpuBackend : public Backend {
   // The step in hand. [n, ...], rows in the order of StepBatch::tokens.
   int64_t n_ = 0;
   std::vector<Row> rows_;
+  std::vector<int32_t> defers_;        // [n], not 0: the token defers; empty: none does
   std::vector<float> rope_;            // [n, rope / 2, (cos, sin)]
   std::vector<float> x_, normed_;      // [n, hidden]
   std::vector<float> q_a_;             // [n, q_lora]
@@ -439,6 +476,8 @@ class CpuBackend : public Backend {
   std::vector<float> router_scratch_;
   std::vector<int32_t> expert_ids_;    // [n, k]
   std::vector<float> expert_weights_;  // [n, k]
+  SplitRouting split_;                 // of a layer that defers
+  std::vector<float> deferred_;        // [n, hidden], by the layer before
   std::vector<float> logits_;          // [rows asked for, vocab]
   Activations acts_;
   std::vector<HeadScratch> head_scratch_;  // a worker

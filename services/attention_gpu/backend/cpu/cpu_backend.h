@@ -24,6 +24,7 @@ struct CpuBackendOptions {
   // The experts compute on the CPUs that the threads use: then they are waited for before the shared expert
   // is computed, since two processes in each other's way are slower than one after the other.
   bool experts_share_cpus = false;
+  int32_t defer_experts = 0;  // experts/deferral.h; it brings no speed here
 };
 
 // `file` must outlive the backend. `experts` may be null for a model without MoE layers.

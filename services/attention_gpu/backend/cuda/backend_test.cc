@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -14,6 +15,7 @@
 #include "services/attention_gpu/backend/cuda/cuda_backend.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
 #include "tests/golden/local_experts.h"
+#include "tests/golden/spied_experts.h"
 
 namespace tandem::attention {
 namespace {
@@ -61,6 +63,7 @@ class Model {
   // In float32 and double: what both fast backends approach. The experts are the same for all.
   std::unique_ptr<Backend> Cpu(kernels::Precision precision) const {
     CpuBackendOptions o;
+    o.defer_experts = options_.defer_experts;
     o.precision = precision;
     o.threads.threads = 2;
     o.page_tokens = kPageTokens;
@@ -80,6 +83,7 @@ class Model {
 struct Sequence {
   std::vector<int32_t> pages;
   int32_t position = 0;
+  int32_t generated_from = std::numeric_limits<int32_t>::max();
   explicit Sequence(int32_t first_page, int32_t count = kLongest) {
     for (int32_t i = 0; i < count; ++i) pages.push_back(first_page + i);
   }
@@ -103,6 +107,7 @@ StepResult RunStep(Backend& backend, const std::vector<Part>& parts, bool want_l
     s.count = static_cast<int32_t>(p.tokens.size());
     s.position = p.sequence->position;
     s.pages = p.sequence->pages;
+    s.generated_from = p.sequence->generated_from;
     s.sample = true;
     s.params = &params;
     s.counts = &kNoCounts;
@@ -128,6 +133,7 @@ int32_t Prefill(Backend& backend, Sequence& s, const std::vector<int32_t>& token
 
 std::vector<int32_t> Greedy(Backend& backend, Sequence& s, int32_t token, size_t count) {
   std::vector<int32_t> out = {token};
+  s.generated_from = s.position;
   while (out.size() < count) out.push_back(RunStep(backend, {{&s, {out.back()}}}, false).sampled[0].token);
   return out;
 }
@@ -280,6 +286,49 @@ TEST(CudaBackend, StreamedPrompts) {
   EXPECT_EQ(cuda->long_prompt_tokens(), 32);
 }
 
+// Along the golden continuations, the experts called by the host.
+TEST(CudaBackend, DefersExpertsAsTheCpuBackendDoes) {
+  TANDEM_NEEDS_GPU();
+  Model m;
+  for (const int32_t defer : {1, 3}) {
+    m.options_.defer_experts = defer;
+    golden::Spy spy;
+    auto experts = std::make_unique<golden::SpiedExperts>(m.Experts(), m.config_.hidden_size, spy);
+    auto made = CreateCudaBackend(*m.file_, m.config_, m.options_, std::move(experts));
+    ASSERT_TRUE(made.ok()) << made.status();
+    const auto cuda = std::move(*made), cpu = m.Cpu(kernels::Precision::kReference);
+    double kl = 0;
+    size_t count = 0, alike = 0;
+    for (const Prompt& p : Prompts()) {
+      Sequence a(0), b(0);
+      Prefill(*cuda, a, p.tokens);
+      Prefill(*cpu, b, p.tokens);
+      a.generated_from = b.generated_from = static_cast<int32_t>(p.tokens.size());
+      for (const int32_t token : p.greedy) {
+        spy.calls.clear();
+        const StepResult got = RunStep(*cuda, {{&a, {token}}}, true),
+                         want = RunStep(*cpu, {{&b, {token}}}, true);
+        kl += Compare(got.logits.data(), want.logits.data(), m.config_.vocab_size).kl;
+        alike += got.sampled[0].token == want.sampled[0].token;
+        ++count;
+      }
+    }
+    kl /= static_cast<double>(count);
+    std::printf("%d experts deferred: %zu of %zu next tokens as in the CPU backend, mean KL %.5f nats\n",
+                defer, alike, count, kl);
+    EXPECT_LT(kl, 0.01);
+    EXPECT_GT(alike, count * 9 / 10);
+    Sequence s(0);
+    const Prompt p = Prompts()[1];
+    const int32_t next = Prefill(*cuda, s, p.tokens);
+    s.generated_from = s.position;
+    golden::ExpectDeferredALayerLater(spy, [&] {
+      Sequence again = s;
+      RunStep(*cuda, {{&again, {next}}}, false);
+    });
+  }
+}
+
 TEST(CudaBackend, ATokenHasTheSameBitsInABatchAndAlone) {
   TANDEM_NEEDS_GPU();
   const Model m;
@@ -357,6 +406,9 @@ TEST(CudaBackend, SaysWhatIsWrong) {
   const auto too_small = PlanCuda(*m.file_, m.config_, o);
   EXPECT_EQ(too_small.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(too_small.status().message()), testing::HasSubstr("of 20 MB"));
+  o = m.options_;
+  o.defer_experts = 4;
+  EXPECT_EQ(PlanCuda(*m.file_, m.config_, o).status().code(), absl::StatusCode::kInvalidArgument);
   o = m.options_;
   o.device = 99;
   EXPECT_EQ(PlanCuda(*m.file_, m.config_, o).status().code(), absl::StatusCode::kNotFound);

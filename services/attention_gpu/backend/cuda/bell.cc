@@ -28,18 +28,21 @@ static_assert(sizeof(WireAnswer) <= sizeof(shm::AnswerHeader) &&
               offsetof(WireAnswer, epoch) == offsetof(shm::AnswerHeader, epoch) &&
               offsetof(WireAnswer, status) == offsetof(shm::AnswerHeader, status));
 
-// The regions have one slot: a call is made after the answer to the one before.
-constexpr uint64_t kSlot = 0;
-
-shm::SlotControl& ControlOf(const DeviceRing& ring) { return ring.layout.Control(ring.region, kSlot); }
+// Of the slot of call `number`.
+shm::SlotControl& ControlOf(const DeviceRing& ring, uint64_t number) {
+  return ring.layout.Control(ring.region, number % ring.layout.shape().slots);
+}
 
 SlotOffsets OffsetsOf(const DeviceRing& ring, shm::ValueType input, shm::ValueType output) {
-  shm::SlotControl& control = ControlOf(ring);
+  constexpr uint64_t kSlot = 0;
+  shm::SlotControl& control = ControlOf(ring, kSlot);
   auto* const begin = reinterpret_cast<uint8_t*>(&control);
   const auto from = [&](const void* p) {
     return static_cast<uint64_t>(static_cast<const uint8_t*>(p) - begin);
   };
   SlotOffsets at;
+  at.slots = ring.layout.shape().slots;
+  at.slot_bytes = ring.layout.slot_bytes();
   at.bell = static_cast<uint32_t>(from(&control.bell.sequence));
   at.answered = static_cast<uint32_t>(from(&control.answered.sequence));
   at.request = static_cast<uint32_t>(from(&control.request));
@@ -52,8 +55,9 @@ SlotOffsets OffsetsOf(const DeviceRing& ring, shm::ValueType input, shm::ValueTy
 }
 
 bool Same(const SlotOffsets& a, const SlotOffsets& b) {
-  return a.bell == b.bell && a.answered == b.answered && a.request == b.request && a.answer == b.answer &&
-         a.ids == b.ids && a.weights == b.weights && a.input == b.input && a.output == b.output;
+  return a.slots == b.slots && a.slot_bytes == b.slot_bytes && a.bell == b.bell && a.answered == b.answered &&
+         a.request == b.request && a.answer == b.answer && a.ids == b.ids && a.weights == b.weights &&
+         a.input == b.input && a.output == b.output;
 }
 
 double Median(std::vector<double> v) {
@@ -142,7 +146,6 @@ absl::Status Bell::Attach(DeviceCalls* calls) {
         absl::StrCat(rings_.size(), " expert processes; the GPU calls ", kMostRings));
   }
   for (const DeviceRing& ring : rings_) {
-    if (ring.layout.shape().slots != 1) return absl::InternalError("a ring of several slots");
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaHostRegister(ring.region.data(), ring.region.size(),
                                                      cudaHostRegisterMapped | cudaHostRegisterPortable),
                                     "showing the expert's shared memory to the GPU"));
@@ -150,7 +153,7 @@ absl::Status Bell::Attach(DeviceCalls* calls) {
     void* device = nullptr;
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaHostGetDevicePointer(&device, ring.region.data(), 0),
                                     "showing the expert's shared memory to the GPU"));
-    const auto offset = reinterpret_cast<uint8_t*>(&ControlOf(ring)) - ring.region.data();
+    const auto offset = reinterpret_cast<uint8_t*>(&ControlOf(ring, 0)) - ring.region.data();
     slots_.back() = static_cast<uint8_t*>(device) + offset;
   }
   const SlotOffsets at = OffsetsOf(rings_[0], calls->input_type(), calls->output_type());
@@ -187,12 +190,32 @@ absl::Status Bell::Begin(uint64_t calls, cudaStream_t stream) {
                   "the bell");
 }
 
+uint64_t Bell::CallsOf(int64_t layers, int32_t defer) {
+  if (layers < 1) return 0;
+  return static_cast<uint64_t>(defer > 0 ? 2 * layers - 1 : layers);
+}
+
+// A step that defers makes two calls a layer, the deferred one behind the other, and one for the last layer.
+uint32_t Bell::IndexOf(const RoutedCall& call) {
+  return static_cast<uint32_t>(call.defer > 0 ? 2 * call.index : call.index);
+}
+
 absl::Status Bell::Ask(const RoutedCall& call, cudaStream_t stream) {
+  const uint32_t index = IndexOf(call);
+  if (call.defer == 0 || call.last) return AskFor(call, AskPart::kAll, index, stream);
+  TANDEM_RETURN_IF_ERROR(AskFor(call, AskPart::kDue, index, stream));
+  return AskFor(call, AskPart::kDeferred, index + 1, stream);
+}
+
+absl::Status Bell::AskFor(const RoutedCall& call, AskPart part, uint32_t index, cudaStream_t stream) {
   AskParams p;
+  p.part = part;
+  p.defer = call.defer;
+  p.defers = call.defers;
   p.rings = states_;
   p.count = static_cast<int32_t>(rings_.size());
   p.at = at_;
-  p.index = static_cast<uint32_t>(call.index);
+  p.index = index;
   p.layer = static_cast<uint32_t>(call.layer);
   p.input_type = static_cast<uint32_t>(input_type_);
   p.output_type = static_cast<uint32_t>(output_type_);
@@ -210,11 +233,19 @@ absl::Status Bell::Ask(const RoutedCall& call, cudaStream_t stream) {
 }
 
 absl::Status Bell::Add(const RoutedCall& call, cudaStream_t stream) {
+  const uint32_t index = IndexOf(call);
+  // The processes answer in order: what the layer before has deferred comes first, and is added while they
+  // work on this layer's.
+  if (call.defer > 0 && call.index > 0) TANDEM_RETURN_IF_ERROR(AddAnswer(call, index - 1, stream));
+  return AddAnswer(call, index, stream);
+}
+
+absl::Status Bell::AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_t stream) {
   AnswerParams p;
   p.rings = states_;
   p.count = static_cast<int32_t>(rings_.size());
   p.at = at_;
-  p.index = static_cast<uint32_t>(call.index);
+  p.index = index;
   p.double_output = output_type_ == shm::ValueType::kF64;
   p.x = call.x;
   p.n = static_cast<int32_t>(call.n);
@@ -230,9 +261,10 @@ std::vector<MemoryOp> Bell::OpsOf(MemoryOpKind kind, uint32_t index) const {
   std::vector<MemoryOp> out;
   for (size_t i = 0; i < slots_.size(); ++i) {
     // While a graph is captured there may not have been a run yet.
-    const auto number = static_cast<uint32_t>(i < first_.size() ? first_[i] : 0) + index;
+    const uint64_t number = (i < first_.size() ? first_[i] : 0) + index;
     const uint32_t offset = kind == MemoryOpKind::kWrite ? at_.bell : at_.answered;
-    out.push_back({reinterpret_cast<CUdeviceptr>(slots_[i]) + offset, number});
+    const uint64_t slot = number % at_.slots * at_.slot_bytes;
+    out.push_back({reinterpret_cast<CUdeviceptr>(slots_[i]) + slot + offset, static_cast<uint32_t>(number)});
   }
   return out;
 }
@@ -261,14 +293,15 @@ Bell::HostCall* Bell::HostCallOf(uint32_t index) {
 // On a thread of the driver's, within a run: rings_ and first_ do not change.
 void Bell::RingFromHost(uint32_t index) {
   for (size_t i = 0; i < rings_.size(); ++i) {
-    shm::Signal(ControlOf(rings_[i]).bell, static_cast<uint32_t>(first_[i]) + index);
+    const uint64_t number = first_[i] + index;
+    shm::Signal(ControlOf(rings_[i], number).bell, static_cast<uint32_t>(number));
   }
 }
 
 void Bell::WaitFromHost(uint32_t index) {
   for (size_t i = 0; i < rings_.size(); ++i) {
     const auto number = static_cast<uint32_t>(first_[i]) + index;
-    const std::atomic<uint32_t>& answered = ControlOf(rings_[i]).answered.sequence;
+    const std::atomic<uint32_t>& answered = ControlOf(rings_[i], first_[i] + index).answered.sequence;
     for (uint32_t looks = 0; static_cast<int32_t>(answered.load(std::memory_order_acquire) - number) < 0;) {
       if (shm::ReadOnce(*stop_) != 0) return;
       // Mostly an answer takes longer than a processor should be kept from others that want it.
@@ -298,8 +331,7 @@ absl::Status Bell::Finish(bool made_all, const absl::Status& why) {
   }
   TANDEM_RETURN_IF_ERROR(calls_->EndRun(made_all, why));
   if (failed != 0 && own.ok()) {
-    return absl::InternalError(
-        absl::StrCat("the experts' call for MoE layer number ", failed - 1, " failed"));
+    return absl::InternalError(absl::StrCat("the experts' call ", failed - 1, " of ", run_calls_, " failed"));
   }
   return own;
 }

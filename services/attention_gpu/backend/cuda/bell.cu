@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 
 #include "services/attention_gpu/backend/cuda/bell_kernels.h"
+#include "services/attention_gpu/experts/deferral_rule.h"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -33,6 +34,20 @@ __device__ __forceinline__ uint32_t PackBf16(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+// The slot of the run's call `index`.
+__device__ __forceinline__ uint8_t* SlotOf(const RingState& ring, const SlotOffsets& at, uint32_t index) {
+  return ring.slot + ((ring.first + index) & (at.slots - 1)) * at.slot_bytes;
+}
+
+// Whether pair i is of the part that is asked for.
+__device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
+  if (p.part == AskPart::kAll) return true;
+  const int64_t t = i / p.k;
+  const bool deferred =
+      p.defers[t] != 0 && IsDeferred(p.weights + t * p.k, p.k, static_cast<int32_t>(i % p.k), p.defer);
+  return deferred == (p.part == AskPart::kDeferred);
+}
+
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -40,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   for (int64_t i = thread; i < values; i += threads) {
     const float4 v = reinterpret_cast<const float4*>(p.normed)[i];
     for (int r = 0; r < p.count; ++r) {
-      uint8_t* to = p.rings[r].slot + p.at.input;
+      uint8_t* to = SlotOf(p.rings[r], p.at, p.index) + p.at.input;
       if (p.float_input) {
         reinterpret_cast<float4*>(to)[i] = v;
       } else {
@@ -49,14 +64,16 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
     }
   }
   for (int64_t i = thread; i < pairs; i += threads) {
+    const bool asked = Asked(p, i);
     for (int r = 0; r < p.count; ++r) {
-      reinterpret_cast<int32_t*>(p.rings[r].slot + p.at.ids)[i] = p.ids[i];
-      reinterpret_cast<float*>(p.rings[r].slot + p.at.weights)[i] = p.weights[i];
+      uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
+      reinterpret_cast<int32_t*>(slot + p.at.ids)[i] = asked ? p.ids[i] : -1;
+      reinterpret_cast<float*>(slot + p.at.weights)[i] = asked ? p.weights[i] : 0.0f;
     }
   }
   if (thread < p.count) {
     const RingState& ring = p.rings[thread];
-    WireRequest& to = *reinterpret_cast<WireRequest*>(ring.slot + p.at.request);
+    WireRequest& to = *reinterpret_cast<WireRequest*>(SlotOf(ring, p.at, p.index) + p.at.request);
     to.sequence = ring.first + p.index;
     to.epoch = ring.epoch;
     to.layer = p.layer;
@@ -72,7 +89,8 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   *p.blocks_done = 0;
   __threadfence_system();
   for (int r = 0; r < p.count; ++r) {
-    StoreRelease(p.rings[r].slot + p.at.bell, static_cast<uint32_t>(p.rings[r].first) + p.index);
+    StoreRelease(SlotOf(p.rings[r], p.at, p.index) + p.at.bell,
+                 static_cast<uint32_t>(p.rings[r].first) + p.index);
   }
 }
 
@@ -81,13 +99,14 @@ __device__ __forceinline__ bool Stopped(const AnswerParams& p) { return p.wait &
 // Whether ring r has answered the call, and with success.
 __device__ bool Answered(const AnswerParams& p, int r) {
   const RingState& ring = p.rings[r];
-  const uint8_t* flag = ring.slot + p.at.answered;
+  const uint8_t* slot = SlotOf(ring, p.at, p.index);
+  const uint8_t* flag = slot + p.at.answered;
   const auto number = static_cast<uint32_t>(ring.first) + p.index;
   while (static_cast<int32_t>(LoadAcquire(flag) - number) < 0) {
     if (!p.wait || Stopped(p)) return false;
     __nanosleep(kPause);
   }
-  const auto* answer = reinterpret_cast<const WireAnswer*>(ring.slot + p.at.answer);
+  const auto* answer = reinterpret_cast<const WireAnswer*>(slot + p.at.answer);
   return LoadOnce(&answer->sequence) == ring.first + p.index && LoadOnce(&answer->epoch) == ring.epoch &&
          LoadOnce(&answer->status) == 0;
 }
@@ -109,14 +128,16 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
     if (p.double_output) {
       double2 low = {0, 0}, high = {0, 0};
       for (int r = 0; r < p.count; ++r) {
-        const auto* from = reinterpret_cast<const double2*>(p.rings[r].slot + p.at.output) + 2 * i;
+        const uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
+        const auto* from = reinterpret_cast<const double2*>(slot + p.at.output) + 2 * i;
         const double2 a = __ldcv(from), b = __ldcv(from + 1);
         low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
       }
       sum = make_float4(static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
                         static_cast<float>(high.y));
     } else {
-      sum = __ldcv(reinterpret_cast<const float4*>(p.rings[0].slot + p.at.output) + i);
+      const uint8_t* slot = SlotOf(p.rings[0], p.at, p.index);
+      sum = __ldcv(reinterpret_cast<const float4*>(slot + p.at.output) + i);
     }
     float4& x = reinterpret_cast<float4*>(p.x)[i];
     x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);

@@ -66,8 +66,11 @@ class Bell : public RoutedExperts {
   void Detach();
   absl::Status Attach(DeviceCalls* calls);
 
-  // A run: Begin, then for each of its calls Ask and Add on `stream` (directly, or by a graph that was
-  // captured from such calls), then, when the stream has come to its end, Finish.
+  // Calls of a step of so many MoE layers, RoutedCall::defer being `defer`.
+  static uint64_t CallsOf(int64_t layers, int32_t defer);
+  // A run: Begin, then for each of its layers Ask and Add on `stream` (directly, or by a graph that was
+  // captured from such calls), then, when the stream has come to its end, Finish. Where layers defer, the
+  // regions have kDeferralSlots slots.
   absl::Status Begin(uint64_t calls, cudaStream_t stream);
   absl::Status Ask(const RoutedCall& call, cudaStream_t stream) override;
   absl::Status Add(const RoutedCall& call, cudaStream_t stream) override;
@@ -94,6 +97,9 @@ class Bell : public RoutedExperts {
   };
   Bell(const model::ModelConfig& config, BellKind kind, int device);
   absl::Status Allocate();
+  static uint32_t IndexOf(const RoutedCall& call);
+  absl::Status AskFor(const RoutedCall& call, AskPart part, uint32_t index, cudaStream_t stream);
+  absl::Status AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_t stream);
   std::vector<MemoryOp> OpsOf(MemoryOpKind kind, uint32_t index) const;
   absl::Status Put(MemoryOpKind kind, uint32_t index, cudaStream_t stream);
   HostCall* HostCallOf(uint32_t index);
@@ -111,7 +117,7 @@ class Bell : public RoutedExperts {
   shm::ValueType input_type_ = shm::ValueType::kF32, output_type_ = shm::ValueType::kF32;
   uint64_t generation_ = 0;
   std::vector<DeviceRing> rings_;
-  std::vector<uint8_t*> slots_;  // as the device sees them
+  std::vector<uint8_t*> slots_;  // each ring's first, as the device sees it
   std::vector<uint64_t> first_;  // numbers of this run's first calls
   uint64_t run_calls_ = 0;
   BellNodes* recording_ = nullptr;

@@ -11,15 +11,17 @@ namespace tandem::attention::cuda {
 
 constexpr int kMostRings = 16;
 
-// One process's slot as the GPU sees it; in device memory, new for every run of calls.
+// One process's slots as the GPU sees them; in device memory, new for every run of calls.
 struct RingState {
-  uint8_t* slot = nullptr;  // mapped host memory
+  uint8_t* slot = nullptr;  // the first; mapped host memory
   uint64_t epoch = 0;
   uint64_t first = 0;  // number of the run's first call
 };
 
-// Where things are in a slot, bytes from its beginning.
+// Where things are in a slot, bytes from its beginning. Call number s uses slot s % slots.
 struct SlotOffsets {
+  uint32_t slots = 1;  // a power of two
+  uint64_t slot_bytes = 0;
   uint32_t bell = 0, answered = 0;   // the flags' 32-bit numbers
   uint32_t request = 0, answer = 0;  // WireRequest, WireAnswer
   uint64_t ids = 0, weights = 0, input = 0, output = 0;
@@ -35,6 +37,9 @@ struct WireAnswer {
   uint32_t status;
 };
 
+// Which of the tokens' experts a call asks for: of those that defer, all but the deferred ones, or these.
+enum class AskPart : int32_t { kAll, kDue, kDeferred };
+
 struct AskParams {
   const RingState* rings = nullptr;  // [count]
   int32_t count = 0;
@@ -47,6 +52,9 @@ struct AskParams {
   const int32_t* ids = nullptr;              // [n, k]
   const float* weights = nullptr;            // [n, k]
   int32_t n = 0, k = 1, hidden = 0;          // n 0: an empty call
+  AskPart part = AskPart::kAll;
+  int32_t defer = 0;                // experts of a token that defers
+  const int32_t* defers = nullptr;  // [n] not 0: the token defers; unless kAll
   // With `ring` the last block raises the bells; else whoever comes next on the stream.
   bool ring = true;
   uint32_t* blocks_done = nullptr;  // 0 before and after

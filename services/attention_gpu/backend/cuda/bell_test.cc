@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -13,6 +15,7 @@
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
 #include "services/attention_gpu/backend/cuda/ring_peers_for_test.h"
 #include "services/attention_gpu/backend/cuda/step_graph.h"
+#include "services/attention_gpu/experts/deferral.h"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -74,6 +77,7 @@ class BellTest : public ::testing::TestWithParam<BellKind> {
     device_.Want(&x_, kMostRows * kHidden);
     device_.Want(&ids_, kMostRows * kPairs);
     device_.Want(&weights_, kMostRows * kPairs);
+    device_.Want(&defers_, kMostRows);
     ASSERT_TRUE(device_.Allocate("a test").ok());
     for (int64_t i = 0; i < kMostRows * kHidden; ++i) {
       activations_.push_back(
@@ -86,6 +90,9 @@ class BellTest : public ::testing::TestWithParam<BellKind> {
     Upload(normed_, activations_);
     Upload(ids_, expert_ids_);
     Upload(weights_, expert_weights_);
+    std::vector<int32_t> odd(kMostRows);
+    for (size_t t = 0; t < odd.size(); ++t) odd[t] = t % 2 == 1 ? 1 : 0;
+    Upload(defers_, odd);
   }
   void TearDown() override {
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -102,21 +109,34 @@ class BellTest : public ::testing::TestWithParam<BellKind> {
   }
 
   RoutedCall Call(int64_t index, int64_t n, int64_t layer) const {
-    return {layer, index, n, normed_, ids_, weights_, x_};
+    RoutedCall call;
+    call.layer = layer;
+    call.index = index;
+    call.n = n;
+    call.normed = normed_;
+    call.ids = ids_;
+    call.weights = weights_;
+    call.x = x_;
+    return call;
   }
-  absl::Status Put(Bell& bell, int64_t calls, int64_t n) {
-    for (int64_t i = 0; i < calls; ++i) {
-      absl::Status s = bell.Ask(Call(i, n, i), stream_);
-      if (s.ok()) s = bell.Add(Call(i, n, i), stream_);
+  // So many layers, which defer as many experts.
+  absl::Status Put(Bell& bell, int64_t layers, int64_t n, int32_t defer = 0) {
+    for (int64_t i = 0; i < layers; ++i) {
+      RoutedCall call = Call(i, n, i);
+      call.defer = defer;
+      call.defers = defers_;
+      call.last = i + 1 == layers;
+      absl::Status s = bell.Ask(call, stream_);
+      if (s.ok()) s = bell.Add(call, stream_);
       if (!s.ok()) return s;
     }
     return absl::OkStatus();
   }
   // A run that is put on the stream directly, or by the graph.
-  absl::Status Run(Bell& bell, int64_t calls, int64_t n, StepGraph* graph = nullptr) {
-    absl::Status s = bell.Begin(calls, stream_);
+  absl::Status Run(Bell& bell, int64_t layers, int64_t n, StepGraph* graph = nullptr, int32_t defer = 0) {
+    absl::Status s = bell.Begin(Bell::CallsOf(layers, defer), stream_);
     if (!s.ok()) return s;
-    s = graph != nullptr ? graph->Launch(stream_) : Put(bell, calls, n);
+    s = graph != nullptr ? graph->Launch(stream_) : Put(bell, layers, n, defer);
     s.Update(ToStatus(cudaStreamSynchronize(stream_), "the run"));
     const absl::Status finished = bell.Finish(s.ok(), s);
     return finished.ok() ? s : finished;
@@ -149,7 +169,7 @@ class BellTest : public ::testing::TestWithParam<BellKind> {
   cudaStream_t stream_ = nullptr;
   Arena device_{Arena::Kind::kDevice};
   float *normed_ = nullptr, *x_ = nullptr, *weights_ = nullptr;
-  int32_t* ids_ = nullptr;
+  int32_t *ids_ = nullptr, *defers_ = nullptr;
   std::vector<float> activations_, expert_weights_;
   std::vector<int32_t> expert_ids_;
 };
@@ -200,6 +220,104 @@ TEST_P(BellTest, AGraphIsGoodForEveryRunAndForAnotherSession) {
   ASSERT_TRUE(s.ok()) << s;
   CheckSums(6, 2, 2);
   bell->Detach();
+}
+
+// What a process was asked, and by which call it was answered.
+struct Asked {
+  uint32_t layer;
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+};
+
+// Odd rows defer two of their four experts, even ones none. Each call of the run answers with a power of two
+// of its own, so that the sum shows which were added.
+TEST_P(BellTest, DeferredExpertsAreASecondCallWhoseAnswerComesALayerLater) {
+  constexpr size_t kLayers = 9, kRows = 5, kCalls = 2 * kLayers - 1;
+  std::mutex mutex;
+  std::vector<Asked> asked;
+  const auto answer = [&](const shm::IncomingCall& call, size_t) {
+    const std::lock_guard lock(mutex);
+    Asked a{call.layer, std::vector<int32_t>(call.ids.size() / 4), std::vector<float>(call.ids.size() / 4)};
+    std::memcpy(a.ids.data(), call.ids.data(), call.ids.size());
+    std::memcpy(a.weights.data(), call.weights.data(), call.weights.size());
+    for (uint32_t t = 0; t < call.rows; ++t) {
+      const float value = std::ldexp(1.0f, static_cast<int>(asked.size() % 20));
+      for (int64_t i = 0; i < kHidden; ++i) {
+        std::memcpy(call.output.data() + 4 * (t * kHidden + i), &value, 4);
+      }
+    }
+    asked.push_back(std::move(a));
+    return absl::OkStatus();
+  };
+  const shm::RegionShape shape = {kDeferralSlots, kMostRows, kPairs, kHidden};
+  Peers peers(1, shape, answer);
+  const auto bell = Open(peers);
+  ASSERT_NE(bell, nullptr);
+  const auto graph = StepGraph::Capture(stream_, bell.get(), [&] { return Put(*bell, kLayers, kRows, 2); });
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  for (int run = 0; run < 6; ++run) {
+    asked.clear();
+    Clear();
+    const absl::Status s = Run(*bell, kLayers, kRows, run % 2 == 0 ? graph->get() : nullptr, 2);
+    ASSERT_TRUE(s.ok()) << s;
+    ASSERT_EQ(asked.size(), kCalls);
+    SplitRouting split;
+    split.Assign(expert_ids_.data(), expert_weights_.data(), std::vector<int32_t>{0, 1, 0, 1, 0}, kPairs, 2);
+    for (size_t i = 0; i < kCalls; ++i) {
+      const bool last = i + 1 == kCalls, later = i % 2 == 1;
+      const size_t pairs = kRows * kPairs;
+      EXPECT_EQ(asked[i].layer, i / 2);
+      EXPECT_EQ(asked[i].ids, last    ? std::vector(expert_ids_.begin(), expert_ids_.begin() + pairs)
+                              : later ? split.later_ids
+                                      : split.ids)
+          << "call " << i;
+      EXPECT_EQ(asked[i].weights, last ? std::vector(expert_weights_.begin(), expert_weights_.begin() + pairs)
+                                  : later ? split.later_weights
+                                          : split.weights);
+    }
+    std::vector<float> got(kRows * kHidden);
+    ASSERT_EQ(cudaMemcpy(got.data(), x_, got.size() * 4, cudaMemcpyDeviceToHost), cudaSuccess);
+    for (const float v : got) ASSERT_EQ(v, std::ldexp(1.0f, static_cast<int>(asked.size())) - 1);
+  }
+}
+
+// The answer to a deferred call is not waited for in its own layer.
+TEST_P(BellTest, TheGpuGoesOnWhileADeferredCallIsWorkedOn) {
+  std::mutex mutex;
+  std::vector<float> seen;  // the first activation of each call
+  const auto answer = [&](const shm::IncomingCall& call, size_t) {
+    float x;
+    std::memcpy(&x, call.input.data(), 4);
+    const std::lock_guard lock(mutex);
+    const float value = seen.size() % 2 == 1 ? 100.0f : 1.0f;  // deferred ones: 100
+    seen.push_back(x);
+    for (int64_t i = 0; i < kHidden; ++i) std::memcpy(call.output.data() + 4 * i, &value, 4);
+    return absl::OkStatus();
+  };
+  const shm::RegionShape shape = {kDeferralSlots, kMostRows, kPairs, kHidden};
+  Peers peers(1, shape, answer, /*float_input=*/true);
+  const auto bell = Open(peers);
+  ASSERT_NE(bell, nullptr);
+  Clear();
+  const std::vector<int32_t> all(kMostRows, 1);
+  Upload(defers_, all);
+  ASSERT_TRUE(bell->Begin(Bell::CallsOf(4, 1), stream_).ok());
+  for (int64_t i = 0; i < 4; ++i) {
+    RoutedCall call = Call(i, 1, i);
+    call.normed = x_;  // each layer sends what the layers before have made of x
+    call.defer = 1;
+    call.defers = defers_;
+    call.last = i == 3;
+    ASSERT_TRUE(bell->Ask(call, stream_).ok());
+    ASSERT_TRUE(bell->Add(call, stream_).ok());
+  }
+  ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+  ASSERT_TRUE(bell->Finish(true, absl::OkStatus()).ok());
+  // Layer 1 sees what was due in layer 0, layer 2 also what layer 0 has deferred, and so on.
+  EXPECT_EQ(seen, (std::vector<float>{0, 0, 1, 1, 102, 102, 203}));
+  float x = 0;
+  ASSERT_EQ(cudaMemcpy(&x, x_, 4, cudaMemcpyDeviceToHost), cudaSuccess);
+  EXPECT_EQ(x, 304);
 }
 
 TEST_P(BellTest, AnErrorOfTheHostIsToldAndTheNextRunWorks) {

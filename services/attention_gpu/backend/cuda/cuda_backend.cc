@@ -20,6 +20,8 @@
 #include "services/attention_gpu/backend/cuda/streamed_prefill.h"
 #include "services/attention_gpu/backend/cuda/weights.h"
 #include "services/attention_gpu/backend/cuda/workspace.h"
+#include "services/attention_gpu/experts/deferral.h"
+#include "services/attention_gpu/experts/device_calls.h"
 
 namespace tandem::attention {
 namespace {
@@ -107,7 +109,8 @@ class CudaBackend : public Backend {
     TANDEM_ASSIGN_OR_RETURN(sampler_, cuda::Sampler::Create(c_.vocab_size));
     forward_ = std::make_unique<cuda::Forward>(c_, *weights_, cache_, work_);
     if (experts_ != nullptr) {
-      host_experts_ = std::make_unique<cuda::HostExperts>(c_, *experts_, options_.max_step_tokens);
+      host_experts_ = std::make_unique<cuda::HostExperts>(c_, *experts_, options_.max_step_tokens,
+                                                          options_.defer_experts > 0);
       TANDEM_RETURN_IF_ERROR(host_experts_->Allocate());
       ChooseBell();
     }
@@ -162,13 +165,16 @@ class CudaBackend : public Backend {
     const bool bell = bell_ != nullptr && !stream && !batch.want_logits && n <= bell_->max_tokens();
     const absl::StatusOr<cuda::StepGraph*> chosen = GraphFor(batch);
     absl::Status status = chosen.status();
-    if (status.ok() && bell) status = bell_->Begin(c_.num_moe_layers(), stream_);
+    const int32_t defer = Defer(batch, status.ok() && *chosen != nullptr, stream);
+    if (status.ok() && bell) {
+      status = bell_->Begin(cuda::Bell::CallsOf(c_.num_moe_layers(), defer), stream_);
+    }
     if (!status.ok()) {
       cudaStreamSynchronize(stream_);  // the description is on its way
       return status;
     }
     cuda::StepGraph* const graph = *chosen;
-    status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, stream, result);
+    status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, stream, defer, result);
     const double launched = ThreadSeconds();
     // Whatever is still on its way uses the buffers of this step.
     status.Update(Drain(graph));
@@ -229,7 +235,16 @@ class CudaBackend : public Backend {
   }
 
   absl::StatusOr<std::unique_ptr<cuda::Bell>> OpenBell(cuda::BellKind kind) {
-    return cuda::Bell::Open(c_, experts_->device_calls(), kind, options_.device);
+    DeviceCalls* const calls = experts_->device_calls();
+    if (options_.defer_experts > 0 && calls != nullptr) {
+      for (const DeviceRing& ring : calls->rings()) {
+        const uint32_t slots = ring.layout.shape().slots;
+        if (slots >= kDeferralSlots) continue;
+        return absl::UnimplementedError(
+            absl::StrCat("deferring experts takes rings of ", kDeferralSlots, " slots, not ", slots));
+      }
+    }
+    return cuda::Bell::Open(c_, calls, kind, options_.device);
   }
 
   // The bell that was asked for, or the fastest that works; none: the host calls.
@@ -293,7 +308,7 @@ class CudaBackend : public Backend {
     const int64_t longest = int64_t{options_.page_count} * options_.page_tokens;
     work_.Point(n, Pairs(), options_.page_tokens, cuda::SplitsOf(longest));
     return cuda::StepGraph::Capture(stream_, bell_.get(), [&]() -> absl::Status {
-      TANDEM_RETURN_IF_ERROR(forward_->Layers(bell_.get(), stream_));
+      TANDEM_RETURN_IF_ERROR(forward_->Layers(bell_.get(), options_.defer_experts, stream_));
       TANDEM_RETURN_IF_ERROR(forward_->Logits(0, n, stream_));
       return greedy ? sampler_->LaunchGreedy(work_.logits, n, stream_)
                     : sampler_->Launch(work_.logits, n, stream_);
@@ -327,14 +342,14 @@ class CudaBackend : public Backend {
   }
 
   // Each kernel by itself; also what the graphs leave out.
-  absl::Status LaunchAll(const StepBatch& batch, bool bell, bool stream, StepResult* result) {
+  absl::Status LaunchAll(const StepBatch& batch, bool bell, bool stream, int32_t defer, StepResult* result) {
     if (host_experts_ != nullptr) host_experts_->Trace(batch.want_logits ? &result->routing : nullptr);
     cuda::RoutedExperts* experts = bell_.get();
     if (!bell) experts = host_experts_.get();
     if (stream) {
       TANDEM_ASSIGN_OR_RETURN(experts, streamed_->Begin());
     }
-    TANDEM_RETURN_IF_ERROR(forward_->Layers(experts, stream_));
+    TANDEM_RETURN_IF_ERROR(forward_->Layers(experts, defer, stream_));
     const auto total = static_cast<int64_t>(work_.wanted.size());
     if (batch.want_logits) result->logits.resize(total * c_.vocab_size);
     for (int64_t at = 0; at < total; at += cuda::Workspace::kLogitsRows) {
@@ -361,7 +376,14 @@ class CudaBackend : public Backend {
     if (streamed_ == nullptr || streamed_->from_tokens() == 0 || batch.want_logits) return false;
     const auto n = static_cast<int64_t>(batch.tokens.size());
     if (batch.tokens.size() == batch.sequences.size()) return false;  // decodes
-    return n >= streamed_->from_tokens() || n > options_.max_step_tokens;
+    if (n > options_.max_step_tokens) return true;
+    return n >= streamed_->from_tokens() && (options_.defer_experts == 0 || !HasGeneratedTokens(batch));
+  }
+
+  // Experts that the step's generated tokens defer. A graph is made for steps that have some, and good for
+  // others; streamed steps defer nothing.
+  int32_t Defer(const StepBatch& batch, bool graph, bool stream) const {
+    return !stream && (graph || HasGeneratedTokens(batch)) ? options_.defer_experts : 0;
   }
 
   // Waits for the stream's end. A long graph is slept through: it needs no CPU. A short one is not, since
@@ -426,6 +448,7 @@ class CudaBackend : public Backend {
 };
 
 absl::Status CheckShape(const model::ModelConfig& c, const CudaBackendOptions& o) {
+  TANDEM_RETURN_IF_ERROR(CheckDeferExperts(c, o.defer_experts));
   auto refuse = [](const auto&... text) {
     return absl::UnimplementedError(absl::StrCat(text..., " (--gpu none computes on the CPU)"));
   };
@@ -459,8 +482,8 @@ absl::StatusOr<CudaPlan> PlanCuda(const gguf::File& file, const model::ModelConf
   if (!cache) return absl::InvalidArgumentError("the KV cache's size is out of range");
   plan.cache = static_cast<uint64_t>(*cache);
   if (Streams(c, o)) plan.stream = cuda::StreamedExperts::DeviceBytes(c, StreamOptionsFor(c, o));
-  plan.workspace = WorkspaceFor(c, o).bytes() + cuda::HostExperts::DeviceBytes(c, o.max_step_tokens) +
-                   cuda::Sampler::DeviceBytes();
+  plan.workspace = WorkspaceFor(c, o).bytes() + cuda::Sampler::DeviceBytes() +
+                   cuda::HostExperts::DeviceBytes(c, o.max_step_tokens, o.defer_experts > 0);
   plan.available = device.free_bytes > kReserve ? device.free_bytes - kReserve : 0;
   if (o.vram_limit > 0) plan.available = std::min(plan.available, o.vram_limit);
   if (plan.total() <= plan.available) return plan;

@@ -27,6 +27,7 @@ struct CudaBackendOptions {
   bool int8_cache = false;                                     // the KV cache in 8 bits, not bfloat16
   int32_t max_graph_rows = 16;  // steps of up to so many sequences that decode are graphs
   std::string bell = "auto";    // how the GPU calls the experts: auto, stream, kernel, host, off
+  int32_t defer_experts = 0;    // experts/deferral.h; the bell needs rings of kDeferralSlots slots for it
   uint64_t vram_limit = 0;      // bytes the backend may take; 0: what is free, less a reserve
 };
 

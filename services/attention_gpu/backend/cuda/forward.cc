@@ -16,13 +16,13 @@ absl::Status Forward::ForPieces(const F& f) const {
   return absl::OkStatus();
 }
 
-absl::Status Forward::Layers(RoutedExperts* experts, cudaStream_t stream) {
+absl::Status Forward::Layers(RoutedExperts* experts, int32_t defer, cudaStream_t stream) {
   stream_ = stream;
   TANDEM_RETURN_IF_ERROR(
       ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
   for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {
     TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) { return Attention(layer, piece); }));
-    TANDEM_RETURN_IF_ERROR(FeedForward(layer, experts));
+    TANDEM_RETURN_IF_ERROR(FeedForward(layer, experts, defer));
   }
   return absl::OkStatus();
 }
@@ -202,7 +202,7 @@ absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionR
 }
 
 // x += ffn(norm(x)), dense or routed + shared experts
-absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts) {
+absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t defer) {
   const DeviceLayer& w = weights_.layers[layer];
   const int64_t hidden = c_.hidden_size;
   const bool moe = c_.IsMoe(layer), one_piece = work_.n <= work_.piece_tokens();
@@ -214,6 +214,9 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts) {
   call.ids = work_.expert_ids;
   call.weights = work_.expert_weights;
   call.x = work_.x;
+  call.defer = defer;
+  call.defers = work_.generated;
+  call.last = layer + 1 == c_.num_hidden_layers;
   Activations a;
   TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) -> absl::Status {
     const int64_t at = piece.first * hidden;

@@ -38,8 +38,8 @@ class Forward {
         scale_(static_cast<float>(model::AttentionScale(config))) {}
 
   // The tokens that the workspace was laid out for, through all layers: leaves work.x. `experts` may be null
-  // for a model without MoE layers.
-  absl::Status Layers(RoutedExperts* experts, cudaStream_t stream);
+  // for a model without MoE layers. `defer`: experts that generated tokens leave to the layer behind.
+  absl::Status Layers(RoutedExperts* experts, int32_t defer, cudaStream_t stream);
   // work.logits = those of the `count` wanted rows from `first` on, at most Workspace::kLogitsRows.
   absl::Status Logits(int64_t first, int64_t count, cudaStream_t stream);
 
@@ -66,7 +66,7 @@ class Forward {
                        int64_t y_head);
   absl::Status Attention(int64_t layer, const Piece& piece);
   absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range);
-  absl::Status FeedForward(int64_t layer, RoutedExperts* experts);
+  absl::Status FeedForward(int64_t layer, RoutedExperts* experts, int32_t defer);
   absl::Status Choose(const DeviceLayer& w, const Activations& a, const Piece& piece);
   absl::Status DenseExpert(const DeviceLayer& w, const Activations& a, const Piece& piece);
   template <typename F>

@@ -5,13 +5,18 @@
 
 namespace tandem::attention::cuda {
 
-HostExperts::HostExperts(const model::ModelConfig& config, ExpertGroup& group, int64_t max_tokens)
+HostExperts::HostExperts(const model::ModelConfig& config, ExpertGroup& group, int64_t max_tokens,
+                         bool defers)
     : c_(config), group_(group) {
   device_.Want(&routed_, max_tokens * c_.hidden_size);
   host_.Want(&host_normed_, max_tokens * c_.hidden_size);
   host_.Want(&host_routed_, max_tokens * c_.hidden_size);
   host_.Want(&host_ids_, max_tokens * c_.num_experts_per_tok);
   host_.Want(&host_weights_, max_tokens * c_.num_experts_per_tok);
+  if (!defers) return;
+  device_.Want(&deferred_, max_tokens * c_.hidden_size);
+  host_.Want(&host_deferred_, max_tokens * c_.hidden_size);
+  host_.Want(&host_defers_, max_tokens);
 }
 
 HostExperts::~HostExperts() {
@@ -33,26 +38,44 @@ absl::Status HostExperts::Ask(const RoutedCall& call, cudaStream_t stream) {
   TANDEM_RETURN_IF_ERROR(to_host(host_ids_, call.ids, pairs));
   TANDEM_RETURN_IF_ERROR(to_host(host_weights_, call.weights, pairs));
   TANDEM_RETURN_IF_ERROR(to_host(host_normed_, call.normed, call.n * c_.hidden_size));
+  if (call.defer > 0) TANDEM_RETURN_IF_ERROR(to_host(host_defers_, call.defers, call.n));
   return ToStatus(cudaEventRecord(ready_, stream), "the router");
 }
 
 absl::Status HostExperts::Add(const RoutedCall& call, cudaStream_t stream) {
-  const int64_t k = c_.num_experts_per_tok, values = call.n * c_.hidden_size;
+  const int64_t k = c_.num_experts_per_tok;
   TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(ready_), "the layers before the experts"));
   const auto layer = static_cast<int32_t>(call.layer);
   if (trace_ != nullptr) {
     trace_->push_back(
         {layer, {host_ids_, host_ids_ + call.n * k}, {host_weights_, host_weights_ + call.n * k}});
   }
-  const ExpertCall expert_call{
-      layer, static_cast<int32_t>(call.n), static_cast<int32_t>(k), host_ids_, host_weights_, host_normed_};
-  TANDEM_RETURN_IF_ERROR(group_.Start(expert_call));
-  // The copy of the layer before is done: the event above came after it on the stream.
-  TANDEM_RETURN_IF_ERROR(group_.Finish(host_routed_));
+  const auto add = [&](const float* values) {
+    return ToStatus(LaunchAdd(call.x, values, call.n * c_.hidden_size, stream), "the experts' answer");
+  };
+  if (call.defer > 0 && call.index > 0) TANDEM_RETURN_IF_ERROR(add(deferred_));
+  if (call.defer == 0 || call.last) {
+    TANDEM_RETURN_IF_ERROR(Fetch(call, host_ids_, host_weights_, host_routed_, routed_, stream));
+    return add(routed_);
+  }
+  split_.Assign(host_ids_, host_weights_, {host_defers_, static_cast<size_t>(call.n)}, k, call.defer);
   TANDEM_RETURN_IF_ERROR(
-      ToStatus(cudaMemcpyAsync(routed_, host_routed_, values * sizeof(float), cudaMemcpyHostToDevice, stream),
-               "the experts' answer"));
-  return ToStatus(LaunchAdd(call.x, routed_, values, stream), "the experts' answer");
+      Fetch(call, split_.ids.data(), split_.weights.data(), host_routed_, routed_, stream));
+  TANDEM_RETURN_IF_ERROR(add(routed_));
+  return Fetch(call, split_.later_ids.data(), split_.later_weights.data(), host_deferred_, deferred_, stream);
+}
+
+// The processes' answer for these experts into `device`, by way of `host`. The copy that had `host` before is
+// done: the event that Add has waited for came after it on the stream.
+absl::Status HostExperts::Fetch(const RoutedCall& call, const int32_t* ids, const float* weights, float* host,
+                                float* device, cudaStream_t stream) {
+  TANDEM_RETURN_IF_ERROR(
+      group_.Start({static_cast<int32_t>(call.layer), static_cast<int32_t>(call.n),
+                    static_cast<int32_t>(c_.num_experts_per_tok), ids, weights, host_normed_}));
+  TANDEM_RETURN_IF_ERROR(group_.Finish(host));
+  return ToStatus(
+      cudaMemcpyAsync(device, host, call.n * c_.hidden_size * sizeof(float), cudaMemcpyHostToDevice, stream),
+      "the experts' answer");
 }
 
 }  // namespace tandem::attention::cuda

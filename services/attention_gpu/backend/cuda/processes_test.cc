@@ -16,6 +16,7 @@
 #include "common/testing/process.h"
 #include "services/attention_gpu/backend/cuda/cuda_backend.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+#include "services/attention_gpu/experts/deferral.h"
 
 namespace tandem::attention {
 namespace {
@@ -59,12 +60,13 @@ class CudaProcesses : public ::testing::TestWithParam<std::string> {
                                                   : i == 0 ? "0-7"
                                                            : "7-16"});
   }
-  std::unique_ptr<Backend> Connect(int processes, bool int8_cache = false) const {
+  std::unique_ptr<Backend> Connect(int processes, bool int8_cache = false, int32_t defer_experts = 0) const {
     ExpertOptions e;
     for (int i = 0; i < processes; ++i) e.addresses.push_back(Address(i));
     e.attach_patience = absl::Seconds(30);
     e.call_timeout = absl::Seconds(10);
     e.max_call_tokens = 256;
+    if (defer_experts > 0) e.slots = kDeferralSlots;
     auto experts = ConnectExperts(e, config_, file_->Fingerprint());
     EXPECT_TRUE(experts.ok()) << experts.status();
     if (!experts.ok()) return nullptr;
@@ -75,6 +77,7 @@ class CudaProcesses : public ::testing::TestWithParam<std::string> {
     o.max_step_tokens = 256;
     o.bell = GetParam();
     o.int8_cache = int8_cache;
+    o.defer_experts = defer_experts;
     auto backend = CreateCudaBackend(*file_, config_, o, std::move(*experts));
     EXPECT_TRUE(backend.ok()) << backend.status();
     return backend.ok() ? std::move(*backend) : nullptr;
@@ -91,12 +94,14 @@ const std::unordered_map<int32_t, int32_t> kNoCounts;
 struct Stream {
   std::vector<int32_t> pages, tokens, greedy;
   int32_t computed = 0;
+  int32_t prompt = 0;  // tokens
 };
 
 Stream StreamFor(const Prompt& p, int32_t first_page) {
   Stream s;
   s.tokens = p.tokens;
   s.greedy = p.greedy;
+  s.prompt = static_cast<int32_t>(p.tokens.size());
   const auto pages = static_cast<int32_t>(p.tokens.size() + p.greedy.size()) / kPageTokens + 1;
   for (int32_t i = 0; i < pages; ++i) s.pages.push_back(first_page + i);
   return s;
@@ -104,14 +109,15 @@ Stream StreamFor(const Prompt& p, int32_t first_page) {
 
 // Each stream's next tokens: a chunk of its prompt, or one.
 absl::Status Step(Backend& backend, const std::vector<Stream*>& streams,
-                  const SamplingParams& params = kGreedy) {
+                  const SamplingParams& params = kGreedy, int32_t chunk = 200) {
   StepBatch batch;
   for (Stream* stream : streams) {
     StepSequence s;
     s.first = static_cast<int32_t>(batch.tokens.size());
-    s.count = std::min<int32_t>(200, static_cast<int32_t>(stream->tokens.size()) - stream->computed);
+    s.count = std::min<int32_t>(chunk, static_cast<int32_t>(stream->tokens.size()) - stream->computed);
     s.position = stream->computed;
     s.pages = stream->pages;
+    s.generated_from = stream->prompt;
     s.sample = stream->computed + s.count == static_cast<int32_t>(stream->tokens.size());
     s.params = &params;
     s.counts = &kNoCounts;
@@ -204,6 +210,77 @@ TEST_P(CudaProcesses, AnExpertKilledInTheMiddleComesBackAndTheStepIsRepeated) {
       ASSERT_TRUE(status.ok()) << status;
     }
     EXPECT_EQ(Generated(s, p), p.greedy) << "kill " << kill;
+  }
+}
+
+// However the experts are called, and by how many: the same texts alone, together with others' prompts in the
+// same steps, and after the process was killed in the middle and came back.
+TEST_P(CudaProcesses, DeferredExperts) {
+  constexpr int32_t kDefer = 2;
+  constexpr size_t kTokens = 30;
+  const auto prompts = Prompts();
+  std::vector<std::vector<int32_t>> want;
+  for (const int processes : {2, 1}) {
+    std::vector<std::unique_ptr<Process>> experts;
+    for (int i = 0; i < processes; ++i) experts.push_back(Start(i, processes));
+    const auto backend = Connect(processes, /*int8_cache=*/false, kDefer);
+    ASSERT_NE(backend, nullptr);
+    // No more than 64 tokens in a step: there a token has the same bits in any company.
+    const auto step = [&](const std::vector<Stream*>& streams) {
+      return Step(*backend, streams, kGreedy, 50);
+    };
+    std::vector<std::vector<int32_t>> alone;
+    size_t as_without = 0;
+    for (size_t i = 0; i < 3; ++i) {
+      Stream s = StreamFor(prompts[i], 0);
+      while (s.tokens.size() < prompts[i].tokens.size() + kTokens) ASSERT_TRUE(step({&s}).ok());
+      alone.push_back(Generated(s, prompts[i]));
+      for (size_t t = 0; t < kTokens; ++t) as_without += alone[i][t] == prompts[i].greedy[t];
+    }
+    std::printf("%d processes, %d experts deferred: %zu of %zu greedy tokens as without\n", processes, kDefer,
+                as_without, 3 * kTokens);
+    if (want.empty()) want = alone;
+    EXPECT_EQ(alone, want) << processes << " processes";
+
+    // Each comes in when the one before has some tokens: its prompt shares steps with their tokens.
+    std::vector<Stream> streams;
+    int32_t page = 0;
+    for (size_t i = 0; i < 3; ++i) {
+      streams.push_back(StreamFor(prompts[i], page));
+      page += static_cast<int32_t>(streams.back().pages.size());
+    }
+    for (size_t round = 0;; ++round) {
+      std::vector<Stream*> left;
+      for (size_t i = 0; i < 3; ++i) {
+        if (round >= 5 * i && streams[i].tokens.size() < prompts[i].tokens.size() + kTokens) {
+          left.push_back(&streams[i]);
+        }
+      }
+      if (left.empty()) break;
+      ASSERT_TRUE(step(left).ok());
+    }
+    for (size_t i = 0; i < 3; ++i) EXPECT_EQ(Generated(streams[i], prompts[i]), want[i]) << i;
+
+    if (processes > 1) continue;
+    Stream s = StreamFor(prompts[0], 0);
+    std::thread killer([&] {
+      absl::SleepFor(absl::Milliseconds(15));
+      experts[0]->Kill();
+    });
+    absl::Status status;
+    while (status.ok()) {
+      if (Generated(s, prompts[0]).size() >= kTokens) s = StreamFor(prompts[0], 0);
+      status = step({&s});
+    }
+    EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+    killer.join();
+    experts[0] = Start(0, 1);
+    ASSERT_TRUE(backend->RecoverExperts(absl::Seconds(30)).ok());
+    while (Generated(s, prompts[0]).size() < kTokens) {
+      status = step({&s});
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    EXPECT_EQ(Generated(s, prompts[0]), want[0]);
   }
 }
 

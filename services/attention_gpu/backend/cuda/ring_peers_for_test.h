@@ -101,7 +101,7 @@ class Peers : public DeviceCalls {
   }
   uint64_t Progress() const override {
     uint64_t sum = 0;
-    for (size_t i = 0; i < peers_.size(); ++i) sum += peers_[i]->client().LastAnswer(first_[i]);
+    for (const auto& p : peers_) sum += p->client().Answers();
     return sum;
   }
   absl::Status AnswerStatus(uint64_t index) override {

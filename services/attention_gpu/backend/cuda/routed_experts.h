@@ -18,6 +18,12 @@ struct RoutedCall {
   const int32_t* ids = nullptr;    // [n, k]
   const float* weights = nullptr;  // [n, k]
   float* x = nullptr;              // [n, hidden]
+  // Expert deferral (experts/deferral.h): so many experts of each token t with defers[t] != 0 are not added
+  // by this call's Add but by that of the next MoE layer; 0: nobody defers in this step. The same in all
+  // calls of a step.
+  int32_t defer = 0;
+  const int32_t* defers = nullptr;  // [n], if defer > 0
+  bool last = false;                // MoE layer of the step, of which nothing is deferred
 };
 
 // Ask, other work of the layer, then Add; all on one stream.
@@ -25,7 +31,7 @@ class RoutedExperts {
  public:
   virtual ~RoutedExperts() = default;
   virtual absl::Status Ask(const RoutedCall& call, cudaStream_t stream) = 0;
-  // x += the experts' weighted sum.
+  // x += what the layer before has deferred, then x += the experts' weighted sum.
   virtual absl::Status Add(const RoutedCall& call, cudaStream_t stream) = 0;
 };
 

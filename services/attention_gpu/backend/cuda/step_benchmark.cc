@@ -1,7 +1,7 @@
 // The GPU's share of a decode step: a model's own graph, with experts that answer at once and with nothing.
 //
 //   cuda_step_benchmark --model FILE [--contexts 8192,131072] [--rows 1,4,16] [--kv-cache-type bf16|int8]
-//   [--bell auto]
+//   [--bell auto] [--defer-experts N]
 //
 // The cache's contents do not matter to the time: nothing is computed beforehand. The ceiling is what must be
 // read of the GPU's memory, by the rate of plain reads in the same run.
@@ -18,6 +18,7 @@
 #include "services/attention_gpu/backend/cuda/device.h"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/ring_peers_for_test.h"
+#include "services/attention_gpu/experts/deferral.h"
 #include "services/attention_gpu/experts/expert_group.h"
 
 namespace tandem::attention {
@@ -27,10 +28,11 @@ constexpr int32_t kPageTokens = 32;
 
 class NoExperts : public ExpertGroup {
  public:
-  explicit NoExperts(const model::ModelConfig& c)
-      : peers_(1,
-               {1, 512, static_cast<uint32_t>(c.num_experts_per_tok), static_cast<uint32_t>(c.hidden_size)},
-               [](const shm::IncomingCall&, size_t) { return absl::OkStatus(); }) {}
+  NoExperts(const model::ModelConfig& c, uint32_t slots)
+      : peers_(
+            1,
+            {slots, 512, static_cast<uint32_t>(c.num_experts_per_tok), static_cast<uint32_t>(c.hidden_size)},
+            [](const shm::IncomingCall&, size_t) { return absl::OkStatus(); }) {}
   absl::Status Start(const ExpertCall&) override { return absl::UnimplementedError("for the GPU alone"); }
   absl::Status Finish(float*) override { return absl::UnimplementedError("for the GPU alone"); }
   absl::Status Recover(absl::Duration) override { return absl::OkStatus(); }
@@ -68,6 +70,7 @@ absl::StatusOr<double> ReadCeiling() {
 struct Flags {
   std::string model, bell = "auto", cache_type = "bf16";
   std::vector<int64_t> contexts = {8192, 131072}, rows = {1, 4, 16};
+  int32_t defer_experts = 0;
 };
 
 absl::Status Measure(const Flags& flags) {
@@ -83,10 +86,12 @@ absl::Status Measure(const Flags& flags) {
   o.page_count = static_cast<int32_t>(longest / kPageTokens + 16);
   o.bell = flags.bell;
   o.int8_cache = int8;
+  o.defer_experts = flags.defer_experts;
   const auto plan = PlanCuda(**file, *config, o);
   if (!plan.ok()) return plan.status();
   std::printf("%s\n", plan->ToString().c_str());
-  auto backend = CreateCudaBackend(**file, *config, o, std::make_unique<NoExperts>(*config));
+  auto backend = CreateCudaBackend(
+      **file, *config, o, std::make_unique<NoExperts>(*config, flags.defer_experts > 0 ? kDeferralSlots : 1));
   if (!backend.ok()) return backend.status();
   const auto ceiling = ReadCeiling();
   if (!ceiling.ok()) return ceiling.status();
@@ -113,6 +118,7 @@ absl::Status Measure(const Flags& flags) {
         s.count = 1;
         s.position = static_cast<int32_t>(context - 1);
         s.pages = pages[r];
+        s.generated_from = 0;
         s.sample = true;
         s.params = &greedy;
         s.counts = &counts;
@@ -151,6 +157,7 @@ int main(int argc, char** argv) {
   app.add_option("--rows", flags.rows, "sequences of a step")->delimiter(',');
   app.add_option("--kv-cache-type", flags.cache_type, "bf16 or int8")->check(CLI::IsMember({"bf16", "int8"}));
   app.add_option("--bell", flags.bell, "auto, stream, kernel or host");
+  app.add_option("--defer-experts", flags.defer_experts, "of a token, as tandem-attention");
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = tandem::attention::Measure(flags);
   if (!status.ok()) std::fprintf(stderr, "cuda_step_benchmark: %s\n", std::string(status.message()).c_str());

@@ -62,7 +62,8 @@ Workspace::Places Workspace::PlacesOf(int64_t n, int64_t pairs) {
   at.split = at.first_page + n;
   at.part = at.split + n;
   at.want = at.part + n;
-  at.table = at.want + n;
+  at.made = at.want + n;
+  at.table = at.made + n;
   return at;
 }
 
@@ -91,6 +92,7 @@ void Workspace::PointAt(const Places& at, int32_t page_tokens) {
   splits = ints(at.split);
   first_partial = ints(at.part);
   wanted_rows = ints(at.want);
+  generated = ints(at.made);
   rows.pages = ints(at.table);
   rows.page_tokens = page_tokens;
   rows.rope = reinterpret_cast<const float*>(device_words_ + at.angle);
@@ -128,6 +130,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   int32_t* const split = ints(at_word.split);
   int32_t* const part = ints(at_word.part);
   int32_t* const want = ints(at_word.want);
+  int32_t* const made = ints(at_word.made);
   int32_t* const table = ints(at_word.table);
 
   std::copy(batch.tokens.begin(), batch.tokens.end(), token);
@@ -138,6 +141,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
     for (int32_t i = 0; i < s.count; ++i) {
       position[s.first + i] = s.position + i;
       first_page[s.first + i] = at;
+      made[s.first + i] = s.position + i >= s.generated_from ? 1 : 0;
       split[s.first + i] = s.count == 1 ? SplitsOf(int64_t{s.position} + 1) : 1;
     }
     at += count;

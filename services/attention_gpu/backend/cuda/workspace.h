@@ -51,6 +51,7 @@ class Workspace {
   const int32_t* tokens = nullptr;
   const int32_t* splits = nullptr;
   const int32_t* first_partial = nullptr;
+  const int32_t* generated = nullptr;  // [n] 1: the token was generated, 0: it is of a prompt
   std::vector<AttentionRange> ranges;
   // Rows whose logits are wanted, in order, on both sides.
   std::vector<int32_t> wanted;
@@ -83,7 +84,8 @@ class Workspace {
  private:
   // The parts of the description, in 4-byte words from its beginning.
   struct Places {
-    int64_t angle = 0, token = 0, position = 0, first_page = 0, split = 0, part = 0, want = 0, table = 0;
+    int64_t angle = 0, token = 0, position = 0, first_page = 0, split = 0, part = 0, want = 0, made = 0,
+            table = 0;
   };
   static Places PlacesOf(int64_t n, int64_t pairs);
   void PointAt(const Places& places, int32_t page_tokens);
