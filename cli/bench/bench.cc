@@ -36,6 +36,8 @@ void AddBenchFlags(Command& command, BenchOptions* options) {
       .Integer("experts", &options->experts, 0, 65536, "moe: experts of a layer (default: by memory)")
       .Integer("slices", &options->slices, 1, 64,
                "moe: also with so many processes, each with a slice and its share of the threads")
+      .Choice("precision", &options->precision, {"fast", "bulk"},
+              "moe: exact integer kernels, or bf16 tiles as prefill with a GPU asks for")
       .Integer("megabytes", &options->megabytes, 1, 1000000, "roofline: size of what is read (default 1024)")
       .Integer("calls", &options->calls, 100, 100000000, "roundtrip: calls (default 20000)")
       .Text("model", &options->model, "load: the file; roundtrip: default the demo model")

@@ -27,6 +27,8 @@ struct BenchOptions {
   std::string shape = "r1";  // moe
   std::string type = "q4_k_m";
   std::string tokens = "1,2,4,8,16,64,512";
+  // moe: fast, or bulk (common/kernels/bulk.h)
+  std::string precision = "fast";
   int64_t layers = 0;          // distinct ones; 0: by the memory there is
   int64_t experts = 0;         // of each; 0: by the memory there is
   int64_t slices = 1;          // moe: so many processes with a slice each, beside one process with all of it

@@ -9,6 +9,7 @@
 #include "cli/synth/shapes.h"
 #include "cli/util/format.h"
 #include "common/base/status_macros.h"
+#include "common/kernels/bulk.h"
 #include "common/quant/quant.h"
 #include "common/topology/limits.h"
 
@@ -184,6 +185,7 @@ absl::Status BenchMoe(const BenchOptions& options, Report& report) {
   how.generate = setup.generate;
   how.max_tokens = *std::max_element(tokens.begin(), tokens.end());
   TANDEM_ASSIGN_OR_RETURN(how.cpus, BenchCpus(options.threads));
+  how.bulk = options.precision == "bulk";
   const std::string machine = MachineName();
   const std::string shape = absl::StrCat(options.shape, " ", options.type, ", ", setup.generate.layers.size(),
                                          " layers of ", setup.generate.config.n_routed_experts);
@@ -191,6 +193,10 @@ absl::Status BenchMoe(const BenchOptions& options, Report& report) {
                            "; tokens/s: ", setup.model_layers, " layers like these"));
   for (const kernels::Isa isa : isas) {
     const IsaScope scope(isa);
+    if (how.bulk && !kernels::BulkAvailable()) {
+      return absl::InvalidArgumentError(absl::StrCat("--precision bulk: ", std::string(kernels::IsaName(isa)),
+                                                     " has no bf16 tiles (AMX-BF16)"));
+    }
     std::vector<std::unique_ptr<MoeRunner>> runners(1);
     std::vector<std::string> names = {shape};
     if (options.slices > 1) {
@@ -217,7 +223,7 @@ absl::Status BenchMoe(const BenchOptions& options, Report& report) {
         m.machine = machine;
         m.isa = std::string(kernels::IsaName(isa));
         m.threads = static_cast<int64_t>(how.cpus.size());
-        m.shape = names[i];
+        m.shape = how.bulk ? absl::StrCat(names[i], ", bulk") : names[i];
         report.Add(m);
       }
     }

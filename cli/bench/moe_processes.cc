@@ -218,6 +218,7 @@ class ProcessRunner final : public MoeRunner {
     c.expert_weights = bytes(weights_.data(), pairs);
     c.activations = bytes(activations_.data(), static_cast<size_t>(c.n_tokens * hidden_));
     c.activation_type = expert::ActivationType::kBf16;
+    c.bulk = options_.bulk;
     c.answer_type = slices_ == 1 ? expert::AnswerType::kF32 : expert::AnswerType::kF64;
     auto* out = reinterpret_cast<uint8_t*>(parts_[static_cast<size_t>(slice)]);
     TANDEM_ASSIGN_OR_RETURN(

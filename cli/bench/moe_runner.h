@@ -47,6 +47,7 @@ struct MoeRunnerOptions {
   int64_t max_tokens = 0;
   std::vector<int> cpus;  // a thread each
   uint64_t seed = 1;
+  bool bulk = false;  // expert::Call::bulk
 };
 
 // In this process, with all experts whole.

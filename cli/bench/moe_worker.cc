@@ -46,6 +46,7 @@ class LocalRunner final : public MoeRunner {
       : worker_(std::move(worker)),
         k_(options.generate.config.num_experts_per_tok),
         hidden_(options.generate.config.hidden_size),
+        bulk_(options.bulk),
         ids_(static_cast<size_t>(options.max_tokens * k_)),
         weights_(ids_.size()),
         activations_(static_cast<size_t>(options.max_tokens * hidden_)),
@@ -72,6 +73,7 @@ class LocalRunner final : public MoeRunner {
     c.expert_weights = bytes(weights_.data(), pairs);
     c.activations = bytes(activations_.data(), values);
     c.activation_type = expert::ActivationType::kBf16;
+    c.bulk = bulk_;
     const Stopwatch watch;
     TANDEM_ASSIGN_OR_RETURN(
         const expert::CallStatistics statistics,
@@ -82,6 +84,7 @@ class LocalRunner final : public MoeRunner {
  private:
   const std::unique_ptr<MoeWorker> worker_;
   const int64_t k_, hidden_;
+  const bool bulk_;
   std::vector<int32_t> ids_;
   std::vector<float> weights_;
   std::vector<uint16_t> activations_;

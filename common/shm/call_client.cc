@@ -39,7 +39,7 @@ CallClient::CallClient(std::span<uint8_t> region, const RegionLayout& layout, co
       sequence_(session.first_sequence - 1) {}
 
 absl::StatusOr<OutgoingCall> CallClient::Prepare(uint32_t layer, uint32_t rows, uint32_t pairs,
-                                                 ValueType input, ValueType output) {
+                                                 ValueType input, ValueType output, CallPrecision precision) {
   {
     const std::lock_guard lock(mutex_);
     if (!aborted_.ok()) return aborted_;
@@ -61,6 +61,7 @@ absl::StatusOr<OutgoingCall> CallClient::Prepare(uint32_t layer, uint32_t rows, 
   WriteOnce(request.pairs, pairs);
   WriteOnce(request.input_type, static_cast<uint32_t>(input));
   WriteOnce(request.output_type, static_cast<uint32_t>(output));
+  WriteOnce(request.precision, static_cast<uint32_t>(precision));
   return OutgoingCall{layout_.Ids(region_, slot, rows, pairs), layout_.Weights(region_, slot, rows, pairs),
                       layout_.Input(region_, slot, rows, input)};
 }

@@ -42,7 +42,7 @@ class CallClient {
   // Announces a call; with no rows it is an empty one, answered at once. InvalidArgument: larger than the
   // region's shape; or the reason of Abort.
   absl::StatusOr<OutgoingCall> Prepare(uint32_t layer, uint32_t rows, uint32_t pairs, ValueType input,
-                                       ValueType output);
+                                       ValueType output, CallPrecision precision = CallPrecision::kServed);
   // Sends it. The reason of Abort, if that was before.
   absl::Status Ring();
   // Waits for its answer. DeadlineExceeded: none by `deadline`, and the session is aborted; the reason of

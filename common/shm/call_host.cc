@@ -54,6 +54,7 @@ void CallHost::ReadCall(SlotControl& control, uint64_t slot, IncomingCall* call)
   const uint32_t rows = ReadOnce(control.request.rows), pairs = ReadOnce(control.request.pairs);
   const auto input = static_cast<ValueType>(ReadOnce(control.request.input_type));
   const auto output = static_cast<ValueType>(ReadOnce(control.request.output_type));
+  const auto precision = static_cast<CallPrecision>(ReadOnce(control.request.precision));
   const RegionShape& shape = layout_.shape();
   if (rows > shape.max_rows || pairs < 1 || pairs > shape.max_pairs) {
     call->valid = absl::InvalidArgumentError(absl::StrCat("a call of ", rows, " tokens with ", pairs,
@@ -71,10 +72,16 @@ void CallHost::ReadCall(SlotControl& control, uint64_t slot, IncomingCall* call)
         absl::StrCat("answer type ", static_cast<uint32_t>(output), " is not F32 or F64"));
     return;
   }
+  if (precision != CallPrecision::kServed && precision != CallPrecision::kBulk) {
+    call->valid = absl::InvalidArgumentError(
+        absl::StrCat("precision ", static_cast<uint32_t>(precision), " is none of a call"));
+    return;
+  }
   call->rows = rows;
   call->pairs = pairs;
   call->input_type = input;
   call->output_type = output;
+  call->precision = precision;
   call->ids = layout_.Ids(region_, slot, rows, pairs);
   call->weights = layout_.Weights(region_, slot, rows, pairs);
   call->input = layout_.Input(region_, slot, rows, input);

@@ -23,6 +23,7 @@ struct IncomingCall {
   uint32_t pairs = 0;
   ValueType input_type = ValueType::kF32;   // or BF16
   ValueType output_type = ValueType::kF32;  // or F64
+  CallPrecision precision = CallPrecision::kServed;
   std::span<const uint8_t> ids;             // int32 [rows, pairs]
   std::span<const uint8_t> weights;         // float32 [rows, pairs]
   std::span<const uint8_t> input;           // [rows, width] of input_type

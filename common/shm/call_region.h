@@ -42,6 +42,9 @@ struct SessionId {
 
 enum class ValueType : uint32_t { kF32 = 1, kBf16 = 2, kF64 = 3 };
 
+// kServed: the host's own. kBulk: the client is content with sums of bfloat16, too.
+enum class CallPrecision : uint32_t { kServed = 0, kBulk = 1 };
+
 // In shared memory, at the beginning. For whoever looks at the memory from outside, and a last check that
 // both mean the same.
 struct RegionHeader {
@@ -64,6 +67,7 @@ struct alignas(128) RequestHeader {
   uint32_t pairs;        // of a row
   uint32_t input_type;   // ValueType: F32 or BF16
   uint32_t output_type;  // ValueType: F32 or F64
+  uint32_t precision;    // CallPrecision
 };
 
 // The `status` of a call that nobody answers any more. Every other value is a google.rpc.Code.

@@ -56,6 +56,7 @@ TEST(HostileTest, HostSurvivesAnyRequest) {
       control.request.pairs = random() % 4 != 0 ? 2 : Nasty(random);
       control.request.input_type = random() % 4 != 0 ? 2 : Nasty(random);
       control.request.output_type = random() % 4 != 0 ? 1 : Nasty(random);
+      control.request.precision = random() % 4 != 0 ? static_cast<uint32_t>(random() % 2) : Nasty(random);
       control.bell.sequence = random() % 30 == 0 ? Nasty(random) : static_cast<uint32_t>(sequence);
       control.bell.sleeping = Nasty(random);
       control.bell.awake = random() % 4 != 0 ? 0 : Nasty(random);

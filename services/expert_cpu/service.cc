@@ -58,6 +58,16 @@ absl::StatusOr<Call> ToCall(const v1::ForwardRequest& request) {
       return absl::InvalidArgumentError(
           absl::StrCat("answer_type ", static_cast<int>(request.answer_type()), " is not F32 or F64"));
   }
+  switch (request.precision()) {
+    case v1::PRECISION_UNSPECIFIED:
+      break;
+    case v1::PRECISION_BULK:
+      call.bulk = true;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("precision ", static_cast<int>(request.precision()), " is not UNSPECIFIED or BULK"));
+  }
   return call;
 }
 

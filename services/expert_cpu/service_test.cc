@@ -58,6 +58,7 @@ class ServiceTest : public testing::ServedShard {
     call.expert_ids = bytes(request.expert_ids());
     call.expert_weights = bytes(request.expert_weights());
     call.activations = bytes(request.activations());
+    call.bulk = request.precision() == v1::PRECISION_BULK;
     std::string answer(moe_->AnswerBytes(call.n_tokens, call.answer_type), '\0');
     EXPECT_TRUE(moe_->Forward(call, {reinterpret_cast<uint8_t*>(answer.data()), answer.size()}).ok());
     return answer;
@@ -134,8 +135,12 @@ TEST_F(ServiceTest, AnswersInOrderAndGoesOnAfterBadCalls) {
   requests.push_back(Request(16, 3));
   requests.back().set_expert_ids(Packed(std::vector<int32_t>{0, 1, 2, 3, 0, 99}));
   requests.push_back(Request(17, 5));
+  requests.push_back(Request(18, 5));
+  requests.back().set_precision(v1::PRECISION_REFERENCE);  // not for a call to choose
+  requests.push_back(Request(19, 40));
+  requests.back().set_precision(v1::PRECISION_BULK);
   for (const v1::ForwardRequest& request : requests) ASSERT_TRUE(stream->Write(request));
-  const uint32_t codes[] = {0, kNotFound, kInvalid, kInvalid, kInvalid, kInvalid, kInvalid, 0};
+  const uint32_t codes[] = {0, kNotFound, kInvalid, kInvalid, kInvalid, kInvalid, kInvalid, 0, kInvalid, 0};
   for (size_t i = 0; i < requests.size(); ++i) {
     v1::ForwardResponse response;
     ASSERT_TRUE(stream->Read(&response)) << i;
@@ -157,9 +162,9 @@ TEST_F(ServiceTest, AnswersInOrderAndGoesOnAfterBadCalls) {
   EXPECT_TRUE(stream->Finish().ok());
   const std::string metrics = metrics_.Expose();
   EXPECT_THAT(metrics,
-              HasSubstr("tandem_expert_calls_total{service=\"expert\",numa_node=\"1\",outcome=\"ok\"} 2\n"));
-  EXPECT_THAT(metrics, HasSubstr("outcome=\"error\"} 6\n"));
-  EXPECT_THAT(metrics, HasSubstr("tandem_expert_call_seconds_count{service=\"expert\",numa_node=\"1\"} 2\n"));
+              HasSubstr("tandem_expert_calls_total{service=\"expert\",numa_node=\"1\",outcome=\"ok\"} 3\n"));
+  EXPECT_THAT(metrics, HasSubstr("outcome=\"error\"} 7\n"));
+  EXPECT_THAT(metrics, HasSubstr("tandem_expert_call_seconds_count{service=\"expert\",numa_node=\"1\"} 3\n"));
   EXPECT_THAT(metrics, HasSubstr("tandem_expert_resident_bytes{"));
   EXPECT_THAT(metrics,
               Not(HasSubstr("tandem_expert_bandwidth_ratio{service=\"expert\",numa_node=\"1\"} 0\n")));

@@ -26,7 +26,13 @@ struct ExpertCall {
   const int32_t* expert_ids = nullptr;    // [n_tokens, k]
   const float* expert_weights = nullptr;  // [n_tokens, k]
   const float* activations = nullptr;     // [n_tokens, hidden], float32
+  // The precision of bfloat16 will do, where that is faster (PRECISION_BULK of experts.proto): other numbers
+  // than those of the exact kernels, which are the same on every processor. Processes that cannot do without.
+  bool bulk = false;
 };
+
+// GPU backends ask for it in steps of more tokens than this, whose products on the GPU are not exact either.
+constexpr int64_t kMostExactTokens = 64;
 
 // One call in flight at a time: Start, then Finish. Not thread-safe.
 class ExpertGroup {

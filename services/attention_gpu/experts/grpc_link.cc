@@ -85,6 +85,7 @@ class GrpcLink final : public ExpertLink {
     EncodeActivations(format_, call, reinterpret_cast<uint8_t*>(bytes.data()));
     request_.set_activation_type(format_.float_activations ? v1::DATA_TYPE_F32 : v1::DATA_TYPE_BF16);
     request_.set_answer_type(format_.exact_answers ? v1::DATA_TYPE_F64 : v1::DATA_TYPE_F32);
+    request_.set_precision(call.bulk ? v1::PRECISION_BULK : v1::PRECISION_UNSPECIFIED);
     return absl::OkStatus();
   }
 

@@ -184,7 +184,8 @@ class RingLink final : public ExpertLink {
         const shm::OutgoingCall to,
         client_->Prepare(static_cast<uint32_t>(call.layer), static_cast<uint32_t>(call.n_tokens),
                          static_cast<uint32_t>(call.experts_per_token), format_.input_type(),
-                         format_.output_type()));
+                         format_.output_type(),
+                         call.bulk ? shm::CallPrecision::kBulk : shm::CallPrecision::kServed));
     if (call.n_tokens == 0) return absl::OkStatus();
     std::memcpy(to.ids.data(), call.expert_ids, to.ids.size());
     std::memcpy(to.weights.data(), call.expert_weights, to.weights.size());

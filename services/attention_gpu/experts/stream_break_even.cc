@@ -54,6 +54,7 @@ absl::StatusOr<double> TimeExpertCall(ExpertGroup& experts, const model::ModelCo
   call.expert_ids = ids.data();
   call.expert_weights = weights.data();
   call.activations = x.data();
+  call.bulk = tokens > kMostExactTokens;
   std::vector<double> seconds;
   for (int i = 0; i <= kCalls; ++i) {
     call.layer = static_cast<int32_t>(c.first_k_dense_replace + i % c.num_moe_layers());

@@ -125,6 +125,7 @@ TEST_F(RingTest, SurvivesRegionsFullOfAnything) {
       if (random() % 4 == 0) control.request.pairs = static_cast<uint32_t>(random() % 4);
       if (random() % 8 == 0) control.request.input_type = static_cast<uint32_t>(random() % 5);
       if (random() % 8 == 0) control.request.output_type = static_cast<uint32_t>(random() % 5);
+      if (random() % 4 == 0) control.request.precision = static_cast<uint32_t>(random() % 3);
       const bool out_of_turn = random() % 16 == 0;
       if (out_of_turn) control.request.sequence = random();
       std::memset(s->memory.data().data(), static_cast<int>(random()), shm::kHeaderBytes);

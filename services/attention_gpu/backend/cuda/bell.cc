@@ -11,6 +11,7 @@
 #include "common/base/thread_time.h"
 #include "common/shm/call_region.h"
 #include "common/shm/flag.h"
+#include "services/attention_gpu/experts/expert_group.h"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -23,7 +24,8 @@ static_assert(sizeof(WireRequest) <= sizeof(shm::RequestHeader) &&
               offsetof(WireRequest, rows) == offsetof(shm::RequestHeader, rows) &&
               offsetof(WireRequest, pairs) == offsetof(shm::RequestHeader, pairs) &&
               offsetof(WireRequest, input_type) == offsetof(shm::RequestHeader, input_type) &&
-              offsetof(WireRequest, output_type) == offsetof(shm::RequestHeader, output_type));
+              offsetof(WireRequest, output_type) == offsetof(shm::RequestHeader, output_type) &&
+              offsetof(WireRequest, precision) == offsetof(shm::RequestHeader, precision));
 static_assert(sizeof(WireAnswer) <= sizeof(shm::AnswerHeader) &&
               offsetof(WireAnswer, epoch) == offsetof(shm::AnswerHeader, epoch) &&
               offsetof(WireAnswer, status) == offsetof(shm::AnswerHeader, status));
@@ -219,6 +221,8 @@ absl::Status Bell::AskFor(const RoutedCall& call, AskPart part, uint32_t index, 
   p.layer = static_cast<uint32_t>(call.layer);
   p.input_type = static_cast<uint32_t>(input_type_);
   p.output_type = static_cast<uint32_t>(output_type_);
+  p.precision = static_cast<uint32_t>(call.n > kMostExactTokens ? shm::CallPrecision::kBulk
+                                                                : shm::CallPrecision::kServed);
   p.float_input = input_type_ == shm::ValueType::kF32;
   p.normed = call.normed;
   p.ids = call.ids;

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
     to.pairs = static_cast<uint32_t>(p.k);
     to.input_type = p.input_type;
     to.output_type = p.output_type;
+    to.precision = p.precision;
   }
   if (!p.ring) return;
   __threadfence_system();

@@ -30,7 +30,7 @@ struct SlotOffsets {
 // shm::RequestHeader and the part of shm::AnswerHeader that counts; bell.cc checks that they are the same.
 struct WireRequest {
   uint64_t sequence, epoch;
-  uint32_t layer, rows, pairs, input_type, output_type;
+  uint32_t layer, rows, pairs, input_type, output_type, precision;
 };
 struct WireAnswer {
   uint64_t sequence, epoch;
@@ -47,6 +47,7 @@ struct AskParams {
   uint32_t index = 0;  // of the call in the run
   uint32_t layer = 0;
   uint32_t input_type = 0, output_type = 0;  // shm::ValueType
+  uint32_t precision = 0;                    // shm::CallPrecision
   bool float_input = false;                  // else bfloat16
   const float* normed = nullptr;             // [n, hidden]; hidden a multiple of 4
   const int32_t* ids = nullptr;              // [n, k]
