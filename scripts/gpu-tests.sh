@@ -27,7 +27,8 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$programs" ]; then
   cmake --preset release -DTANDEM_BUILD_TESTS=ON -DTANDEM_BUILD_BENCHMARKS=ON -DTANDEM_CUDA=ON
-  cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test \
+  cmake --build build/release --target cuda_products_test cuda_vectors_test cuda_attention_test \
+    cuda_prefill_attention_test cuda_sampler_test \
     cuda_streamed_test cuda_bell_test cuda_backend_test cuda_processes_test tandem-expert cuda_benchmark
   programs=build/release/tests
 fi
@@ -51,7 +52,8 @@ count() {
   echo "== $1: $ok passed, $bad failed"
 }
 
-for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_sampler_test cuda_streamed_test cuda_bell_test \
+for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_prefill_attention_test cuda_sampler_test \
+  cuda_streamed_test cuda_bell_test \
   cuda_backend_test cuda_processes_test; do
   status=0
   "$programs/$name" > "$log" 2>&1 || status=$?
@@ -73,12 +75,14 @@ if [ -n "$sanitize" ]; then
   check memcheck cuda_products_test '*ShortRows:*ManyColumnsOfShortRows:*HeadsAndAccumulation:*BrokenInput*'
   check memcheck cuda_vectors_test '*RmsNorm*:*SiluMul*:*CacheEntries*:*Routes*:*Embedding*'
   check memcheck cuda_attention_test '*RowsDoNotSee*:*LargeScores*'
+  check memcheck cuda_prefill_attention_test '*RowsDoNotSee*'
   check memcheck cuda_bell_test '*/kernel'
   check memcheck cuda_sampler_test '*AFewRows*:*BrokenLogits*'
   check memcheck cuda_streamed_test '*OddShapes*:*SlicesAndRanges*'
   check racecheck cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
   check racecheck cuda_vectors_test '*CacheEntries*:*Routes*:*RmsNorm*'
   check racecheck cuda_attention_test '*RowsDoNotSee*'
+  check racecheck cuda_prefill_attention_test '*RowsDoNotSee*'
   check racecheck cuda_bell_test '*OneAfterTheOther/kernel:*AddsTheAnswers*/kernel'
   check racecheck cuda_sampler_test '*AFewRows*'
   check racecheck cuda_streamed_test '*OddShapes*'

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "services/attention_gpu/backend/cuda/ceilings.h"
+#include "services/attention_gpu/backend/cuda/expanded_heads.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
 
 namespace tandem::attention::cuda {
@@ -103,7 +104,7 @@ std::vector<uint8_t> RandomBytes(int64_t n) {
 }
 
 // Matrices of the same activations, types and batches.
-void Products(const std::vector<WeightShape>& shapes, const std::vector<int>& columns) {
+void Products(const std::vector<WeightShape>& shapes, const std::vector<int>& columns, int tile = 0) {
   const WeightShape& s = shapes[0];
   const auto type = static_cast<int32_t>(s.type);
   const int64_t row_bytes = DeviceRowBytes(type, s.cols), heads = s.batches;
@@ -138,14 +139,16 @@ void Products(const std::vector<WeightShape>& shapes, const std::vector<int>& co
         p.y_column = one.rows * heads;
         p.columns = n;
         p.batches = static_cast<int32_t>(heads);
+        p.tile = tile;
         products.push_back(p);
         row += one.rows * heads;
       }
       return n > kMaxColumns ? LaunchMatMul(products[0], stream)
                              : LaunchMatVecs(products.data(), static_cast<int>(products.size()), stream);
     });
-    Report(n > kMaxColumns ? "cuda_matmul" : "cuda_matvec", name, n, static_cast<double>(bytes),
-           n > kMaxColumns ? 2.0 * n * s.rows * s.cols : 0, seconds);
+    Report(n > kMaxColumns ? "cuda_matmul" : "cuda_matvec",
+           name + (tile > 0 ? ", tiles of " + std::to_string(tile) : std::string()), n,
+           static_cast<double>(bytes), n > kMaxColumns ? 2.0 * n * s.rows * s.cols : 0, seconds);
   }
 }
 
@@ -261,6 +264,109 @@ void Attention(int64_t tokens, int rows, bool decode, CacheType type = kCacheBf1
          rows, static_cast<double>(a_row * sequences), 2.0 * seen * heads * (width + lora), seconds);
 }
 
+// The last `rows` of `tokens` positions, all heads of a layer, but for the queries' product: whole, and its
+// two largest parts alone for one group of heads. Operations are those of the expanded form.
+void ExpandedAttention(int64_t tokens, int64_t rows, CacheType type) {
+  model::ModelConfig c;
+  c.num_attention_heads = 128;
+  c.hidden_size = 7168;
+  c.q_lora_rank = 1536;
+  c.kv_lora_rank = 512;
+  c.qk_nope_head_dim = c.v_head_dim = 128;
+  c.qk_rope_head_dim = 64;
+  const int32_t page_tokens = 32;
+  const uint64_t bytes = uint64_t{369} << 20;  // of R1's workspace
+  const PrefillLayout at = LayOutPrefill(c, rows, tokens, bytes);
+  const int64_t heads = c.num_attention_heads, pages = (tokens + page_tokens - 1) / page_tokens;
+  std::mt19937 rng(5);
+  std::vector<uint16_t> cache(pages * page_tokens * CacheRowBytes(type, 512, 64) / 2), k(heads * 512 * 128);
+  for (uint16_t& v : cache) v = static_cast<uint16_t>(0x3c00 + (rng() & 0x83ff));
+  for (uint16_t& v : k) v = static_cast<uint16_t>(0x2800 + (rng() & 0x83ff));
+  const int64_t v_row = DeviceRowBytes(kQ4_K, 512);
+  const DeviceArray<uint16_t> d_cache(cache), d_k(k);
+  const DeviceArray<uint8_t> d_v(RandomBytes(heads * 128 * v_row)), scratch(bytes);
+  std::vector<int32_t> table(pages);
+  std::iota(table.begin(), table.end(), 0);
+  const DeviceArray<int32_t> d_table(table), first_page(std::vector<int32_t>{0});
+  const DeviceArray<float> angles(kernels::testing::Gaussian(rng, at.rows * 64));
+  ExpandedRows r;
+  r.cache = {d_cache.get(), d_table.get(), first_page.get(), page_tokens, 512, 64, type};
+  r.k_b = {kF16, reinterpret_cast<const uint8_t*>(d_k.get()), 512, 128, 256};
+  r.v_b = {kQ4_K, d_v.get(), 128, 512, v_row};
+  r.rope = angles.get();
+  r.scale = 0.1f;
+  r.heads = static_cast<int32_t>(heads);
+  r.scratch = scratch.get();
+  auto whole = [&](int, cudaStream_t stream) {
+    cudaError_t e = cudaSuccess;
+    for (int64_t done = 0; done < rows; done += at.rows) {
+      r.position = tokens - rows + done;
+      r.n = std::min(at.rows, rows - done);
+      if (e == cudaSuccess) e = LaunchExpandedBegin(r, at, stream);
+      for (int64_t head = 0; head < heads; head += at.heads) {
+        if (e == cudaSuccess) {  // keys and values lie where queries did
+          e = cudaMemsetAsync(scratch.get() + at.q, 0x3c, at.rows * at.heads * 192 * 4, stream);
+        }
+        if (e == cudaSuccess) e = LaunchExpandedHeads(r, at, head, stream);
+      }
+    }
+    return e;
+  };
+  const double mean = static_cast<double>(tokens) - static_cast<double>(rows - 1) / 2;
+  const double pairs = static_cast<double>(rows * heads) * mean, all = static_cast<double>(tokens);
+  const std::string shape = "R1, context " + std::to_string(tokens) +
+                            (type == kCacheInt8 ? ", int8, " : ", bf16, ") + std::to_string(at.heads) +
+                            " heads, " + std::to_string(at.positions) + " positions";
+  const double read = all * static_cast<double>(CacheRowBytes(type, 512, 64));
+  double made = 0;
+  for (int64_t done = 0; done < rows; done += at.rows) {
+    const int64_t seen = tokens - rows + std::min(done + at.rows, rows);
+    made += 2.0 * 512 * 256 * static_cast<double>(heads * seen);
+  }
+  Report("cuda_prefill_expanded", shape, rows, read, 640 * pairs + made, Time(1, whole));
+
+  // Its parts, on what is there now: one group's heads, the positions that fit, the last chunk's rows.
+  PrefillAttentionParams p;
+  auto place = [&](auto* pointer, uint64_t offset) {
+    return reinterpret_cast<decltype(pointer)>(scratch.get() + offset);
+  };
+  uint16_t* halves = nullptr;
+  float* floats = nullptr;
+  p.query = place(halves, at.query);
+  p.query_scale = place(floats, at.query_scale);
+  p.expanded = place(halves, at.expanded);
+  p.rotated = place(halves, at.rotated);
+  p.unit = place(floats, at.unit);
+  p.count = std::min(at.positions, tokens);
+  p.n = std::min(at.rows, p.count);
+  p.first_position = p.count - p.n;
+  p.heads = static_cast<int32_t>(at.heads);
+  p.nope = p.v = 128;
+  p.rope = 64;
+  p.out = place(halves, at.attended);
+  p.out_row = heads * 128;
+  const double part =
+      static_cast<double>(p.n * at.heads) * (static_cast<double>(p.count) - static_cast<double>(p.n - 1) / 2);
+  Report("cuda_prefill_attend_alone", shape, p.n, 0, 640 * part,
+         Time(4, [&](int, cudaStream_t s) { return LaunchPrefillAttention(p, s); }));
+  ProductParams v;
+  v.w = r.v_b;
+  v.x.h = place(halves, at.latents);
+  v.x.cols = 512;
+  v.x_batch = 0;
+  v.y_half = place(halves, at.expanded) + 128;
+  v.y_batch = 256;
+  v.y_column = at.heads * 256;
+  v.columns = static_cast<int32_t>(p.count);
+  v.batches = p.heads;
+  for (int tile : {64, 128, 256}) {
+    v.tile = tile;
+    Report("cuda_prefill_values_alone", shape + ", tiles of " + std::to_string(tile), p.count, 0,
+           2.0 * 512 * 128 * static_cast<double>(at.heads * p.count),
+           Time(4, [&](int, cudaStream_t s) { return LaunchMatMul(v, s); }));
+  }
+}
+
 // `what`: only the benchmarks whose name has this in it.
 int Main(const std::string& what) {
   if (!testing::NoGpu().empty()) {
@@ -302,6 +408,11 @@ int Main(const std::string& what) {
     for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
       Products({{"attn_output", type, 7168, 16384}}, {32, 64, 128, 256, 1024, 4096});
     }
+    for (int tile : {64, 128, 256}) {
+      Products({{"attn_output", T::kQ4_K, 7168, 16384}}, {512, 4096}, tile);
+      Products({{"q_b", T::kQ4_K, 3072, 1536}}, {512, 4096}, tile);
+      Products({{"kv_a", T::kQ4_K, 576, 7168}}, {512, 4096}, tile);
+    }
   }
   if (wanted("attention")) {
     for (CacheType type : {kCacheBf16, kCacheInt8}) {
@@ -314,6 +425,16 @@ int Main(const std::string& what) {
       Attention(4096, 256, false, type);
       Attention(16384, 256, false, type);
     }
+  }
+  if (wanted("prefill")) {
+    for (int64_t tokens : {4096, 16384}) {
+      for (int rows : {256, 512}) Attention(tokens, rows, false);
+      for (int64_t rows : {128, 256, 512, 4096, 16384}) {
+        if (rows <= tokens) ExpandedAttention(tokens, rows, kCacheBf16);
+      }
+    }
+    ExpandedAttention(131072, 4096, kCacheBf16);
+    ExpandedAttention(16384, 4096, kCacheInt8);
   }
   return 0;
 }

@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/prefill_attention.h"
 
 namespace tandem::attention::cuda {
 
@@ -62,6 +63,7 @@ absl::StatusOr<Device> OpenDevice(int index) {
                                         ", compute capability ", d.major, ".", d.minor, ")");
   TANDEM_RETURN_IF_ERROR(ToStatus(PrepareMatMul(), what));
   TANDEM_RETURN_IF_ERROR(ToStatus(PrepareAttention(), what));
+  TANDEM_RETURN_IF_ERROR(ToStatus(PreparePrefillAttention(), what));
   return d;
 }
 

@@ -8,10 +8,25 @@
 
 namespace tandem::attention::cuda {
 
+Forward::Forward(const model::ModelConfig& config, const DeviceWeights& weights, const LatentCache& cache,
+                 Workspace& work)
+    : c_(config),
+      weights_(weights),
+      cache_(cache),
+      work_(work),
+      scale_(static_cast<float>(model::AttentionScale(config))) {
+  // Of float32 weights there are no products with float16 activations or results.
+  for (const DeviceLayer& l : weights.layers) {
+    const DeviceMatrix& q = config.q_lora_rank > 0 ? l.q_b : l.q;
+    if (q.type == kF32 || l.v_b.type == kF32 || l.output.type == kF32) work_.expand = false;
+  }
+}
+
+// f for all rows of the step, up to `rows` at a time.
 template <typename F>
-absl::Status Forward::ForPieces(const F& f) const {
-  for (int64_t at = 0; at < work_.n; at += work_.piece_tokens()) {
-    TANDEM_RETURN_IF_ERROR(f(Piece{at, std::min(work_.piece_tokens(), work_.n - at)}));
+absl::Status Forward::ForPieces(int64_t rows, const F& f) const {
+  for (int64_t at = 0; at < work_.n; at += rows) {
+    TANDEM_RETURN_IF_ERROR(f(Piece{at, std::min(rows, work_.n - at)}));
   }
   return absl::OkStatus();
 }
@@ -21,7 +36,10 @@ absl::Status Forward::Layers(RoutedExperts* experts, int32_t defer, cudaStream_t
   TANDEM_RETURN_IF_ERROR(
       ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
   for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {
-    TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) { return Attention(layer, piece); }));
+    for (const AttentionBlock& block : work_.blocks) {
+      TANDEM_RETURN_IF_ERROR(block.expanded ? ExpandedAttention(layer, block)
+                                            : Attention(layer, {block.first, block.count}));
+    }
     TANDEM_RETURN_IF_ERROR(FeedForward(layer, experts, defer));
   }
   return absl::OkStatus();
@@ -205,7 +223,9 @@ absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionR
 absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t defer) {
   const DeviceLayer& w = weights_.layers[layer];
   const int64_t hidden = c_.hidden_size;
-  const bool moe = c_.IsMoe(layer), one_piece = work_.n <= work_.piece_tokens();
+  const bool moe = c_.IsMoe(layer);
+  const int64_t together = w.has_ffn ? work_.FfnRows(w.ffn.gate.rows) : work_.piece_tokens();
+  const bool one_piece = work_.n <= together;
   RoutedCall call;
   call.layer = layer;
   call.index = layer - c_.first_k_dense_replace;
@@ -218,7 +238,7 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t
   call.defers = work_.generated;
   call.last = layer + 1 == c_.num_hidden_layers;
   Activations a;
-  TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) -> absl::Status {
+  TANDEM_RETURN_IF_ERROR(ForPieces(together, [&](const Piece& piece) -> absl::Status {
     const int64_t at = piece.first * hidden;
     TANDEM_ASSIGN_OR_RETURN(
         a, Norm(work_.x + at, hidden, nullptr, w.ffn_norm, work_.normed + at, piece.n, hidden));
@@ -228,7 +248,7 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t
   if (!moe) return absl::OkStatus();
   TANDEM_RETURN_IF_ERROR(experts->Ask(call, stream_));
   if (w.has_ffn) {  // the shared expert while the others work
-    TANDEM_RETURN_IF_ERROR(ForPieces([&](const Piece& piece) -> absl::Status {
+    TANDEM_RETURN_IF_ERROR(ForPieces(together, [&](const Piece& piece) -> absl::Status {
       if (!one_piece) {  // the form of the last piece is there, not of this one
         a.x = work_.normed + piece.first * hidden;
         TANDEM_RETURN_IF_ERROR(MakeForm(a, piece.n, Small(piece.n)));

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "common/model/config.h"
 #include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/prefill_layout.h"
 #include "services/attention_gpu/backend/cuda/routed_experts.h"
 #include "services/attention_gpu/backend/cuda/weights.h"
 #include "services/attention_gpu/backend/cuda/workspace.h"
@@ -30,12 +31,7 @@ class Forward {
  public:
   // All must outlive this.
   Forward(const model::ModelConfig& config, const DeviceWeights& weights, const LatentCache& cache,
-          Workspace& work)
-      : c_(config),
-        weights_(weights),
-        cache_(cache),
-        work_(work),
-        scale_(static_cast<float>(model::AttentionScale(config))) {}
+          Workspace& work);
 
   // The tokens that the workspace was laid out for, through all layers: leaves work.x. `experts` may be null
   // for a model without MoE layers. `defer`: experts that generated tokens leave to the layer behind.
@@ -66,11 +62,24 @@ class Forward {
                        int64_t y_head);
   absl::Status Attention(int64_t layer, const Piece& piece);
   absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range);
+  // expanded_attention.cc
+  absl::Status ExpandedAttention(int64_t layer, const AttentionBlock& block);
+  absl::Status ExpandedChunk(int64_t layer, const PrefillLayout& at, const Piece& rows, int64_t position);
+  absl::Status Project(int64_t layer, const PrefillLayout& at, const Piece& rows, int64_t done);
+  absl::Status MakeQueries(const DeviceLayer& w, const PrefillLayout& at, const Piece& rows,
+                           int64_t first_head);
+  absl::Status NormAlone(const float* x, const float* weight, float* y, int64_t rows, int64_t cols);
+  absl::Status ToHalf(const float* x, int64_t rows, int64_t cols, uint16_t* h, float* h_scale);
+  absl::Status RunWide(const ProductParams& p);
+  template <typename T>
+  T* Scratch(uint64_t offset) const {
+    return reinterpret_cast<T*>(work_.scratch() + offset);
+  }
   absl::Status FeedForward(int64_t layer, RoutedExperts* experts, int32_t defer);
   absl::Status Choose(const DeviceLayer& w, const Activations& a, const Piece& piece);
   absl::Status DenseExpert(const DeviceLayer& w, const Activations& a, const Piece& piece);
   template <typename F>
-  absl::Status ForPieces(const F& f) const;
+  absl::Status ForPieces(int64_t rows, const F& f) const;
 
   const model::ModelConfig& c_;
   const DeviceWeights& weights_;

@@ -44,7 +44,7 @@ struct Activations {
   const int8_t* q = nullptr;
   const float2* q_meta = nullptr;  // of the same 32 values: (scale, scale * sum of the integers)
   const uint16_t* h = nullptr;     // [rows, cols] float16, aligned to 16 bytes; x = h * h_scale
-  const float* h_scale = nullptr;  // [rows]
+  const float* h_scale = nullptr;  // [rows]; null: ones
   int64_t cols = 0;
 };
 inline int64_t Int8FormRows(int64_t rows, int64_t heads) { return (rows / heads + 7) / 8 * 8 * heads; }
@@ -58,11 +58,14 @@ struct ProductParams {
   int64_t x_batch = 0;
   int64_t x_column = 1;
   float* y = nullptr;
+  // LaunchMatMul: float16 in place of y, without `accumulate`; rows, y_batch and y_column are even then.
+  uint16_t* y_half = nullptr;
   int64_t y_batch = 0;
   int64_t y_column = 0;
   int32_t columns = 0;
   int32_t batches = 1;
   bool accumulate = false;
+  int32_t tile = 0;  // LaunchMatMul: columns of a block, 64, 128 or 256; 0: as is best. The bits are the same
 };
 
 // Up to kMaxColumns columns, 16 in each pass over the weights. F32 weights: any number, beyond kMaxColumns

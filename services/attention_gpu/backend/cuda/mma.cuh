@@ -32,6 +32,13 @@ __device__ __forceinline__ void LoadMatrix4Transposed(uint32_t (&r)[4], uint32_t
                : "r"(address));
 }
 
+// An 8x8 matrix of 16-bit values, of which lane l holds row l / 4, columns 2 (l % 4) and the next: transposed.
+__device__ __forceinline__ uint32_t Transposed(uint32_t m) {
+  uint32_t t;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(t) : "r"(m));
+  return t;
+}
+
 // c[16, 8] += a[16, 16] b[16, 8]. Lane l holds of c: rows l / 4 (c0, c1) and l / 4 + 8 (c2, c3), columns
 // 2 (l % 4) and the next.
 __device__ __forceinline__ void MmaF16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -311,6 +311,57 @@ TEST(CudaProducts, HeadsAndAccumulation) {
   }
 }
 
+// Whatever a block's width, and as float16 the same values rounded.
+TEST(CudaProducts, TheTileDoesNotMatter) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(11);
+  const int64_t heads = 2, rows = 150, cols = 768;
+  for (TensorType type : {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kF16}) {
+    const Weights w = RandomBlocks(rng, type, heads * rows, cols);
+    const DeviceWeight device(w.m, heads);
+    for (int columns : {70, 256, 301}) {
+      const auto x = Gaussian(rng, columns * cols);
+      const DeviceActivations a(x, columns, cols, cols);
+      DeviceArray<float> y(columns * heads * rows);
+      DeviceArray<uint16_t> half(columns * heads * rows);
+      ProductParams p;
+      p.w = device.matrix();
+      p.x = a.get();
+      p.y = y.get();
+      p.y_batch = rows;
+      p.y_column = heads * rows;
+      p.columns = columns;
+      p.batches = static_cast<int32_t>(heads);
+      std::vector<float> first;
+      for (int tile : {64, 128, 256}) {
+        p.tile = tile;
+        p.y_half = nullptr;
+        Check(LaunchMatMul(p, nullptr));
+        const auto got = y.Download();
+        if (first.empty()) {
+          first = got;
+          // Both heads have the same activations.
+          const std::vector<float> dense = Dequantized(w.m);
+          const int64_t row = rows + 7, column = columns - 1;
+          double sum = 0, size = 0;
+          for (int64_t k = 0; k < cols; ++k) {
+            sum += double{dense[row * cols + k]} * x[column * cols + k];
+            size += std::fabs(dense[row * cols + k] * x[column * cols + k]);
+          }
+          EXPECT_NEAR(got[column * heads * rows + row], sum, 1e-3 * size);
+        }
+        EXPECT_TRUE(SameBits(first.data(), got.data(), got.size())) << tile << ", " << columns << " columns";
+        p.y_half = half.get();
+        Check(LaunchMatMul(p, nullptr));
+        const auto halves = half.Download();
+        for (size_t i = 0; i < halves.size(); ++i) {
+          ASSERT_EQ(halves[i], quant::FloatToHalf(first[i])) << tile << ", " << columns << " columns, " << i;
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaProducts, BrokenInputStaysInItsColumn) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(7);

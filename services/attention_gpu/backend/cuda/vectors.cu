@@ -189,25 +189,34 @@ __global__ void __launch_bounds__(kThreads) Embed(const EmbedParams p) {
   DecodeRaw(p.w.type, raw, chunk, out);
 }
 
-// Two bytes a thread; every field of every block has an even size and offset.
-__global__ void __launch_bounds__(kThreads)
-    Repack(const RepackParams p, BlockShape shape, int64_t row_bytes) {
-  const int64_t blocks = p.cols / shape.values;
-  const int64_t units = blocks * shape.bytes >> 1;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.rows * units) return;
-  const int64_t row = i / units;
-  const int64_t block = i % units / (shape.bytes >> 1);
-  const int byte = static_cast<int>(i % units % (shape.bytes >> 1)) * 2;
-  int64_t plane = 0;
-  for (int f = 0; f < shape.fields; ++f) {
-    const BlockField field = shape.field[f];
+// Two bytes a thread, a row for each x of the grid; every field of every block has an even size and offset.
+template <int32_t kType>
+__global__ void __launch_bounds__(kThreads) Repack(const RepackParams p, int64_t row_bytes) {
+  constexpr BlockShape kShape = ShapeOf(kType);
+  constexpr int kUnits = kShape.bytes / 2;  // of a block
+  const int blocks = static_cast<int>(p.cols / kShape.values);
+  const int unit = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+  if (unit >= blocks * kUnits) return;
+  const int64_t row = blockIdx.x;
+  const int block = unit / kUnits, byte = unit % kUnits * 2;
+  const uint16_t v = reinterpret_cast<const uint16_t*>(p.src)[row * blocks * kUnits + unit];
+  uint8_t* const to = p.dst + row * row_bytes;
+  int plane = 0;
+#pragma unroll
+  for (int f = 0; f < kShape.fields; ++f) {
+    const BlockField field = kShape.field[f];
     if (byte >= field.offset && byte < field.offset + field.bytes) {
-      uint8_t* to = p.dst + row * row_bytes + plane + block * field.bytes + byte - field.offset;
-      *reinterpret_cast<uint16_t*>(to) = reinterpret_cast<const uint16_t*>(p.src)[i];
+      *reinterpret_cast<uint16_t*>(to + plane + block * field.bytes + byte - field.offset) = v;
     }
     plane += blocks * field.bytes;
   }
+}
+
+template <int32_t kType>
+void LaunchRepackOf(const RepackParams& p, cudaStream_t stream) {
+  const int64_t units = p.cols / ShapeOf(kType).values * ShapeOf(kType).bytes / 2;
+  Repack<kType><<<dim3(static_cast<unsigned>(p.rows), Blocks(units)), kThreads, 0, stream>>>(
+      p, DeviceRowBytes(kType, p.cols));
 }
 
 }  // namespace
@@ -260,8 +269,32 @@ cudaError_t LaunchRepack(const RepackParams& p, cudaStream_t stream) {
   const BlockShape shape = ShapeOf(p.type);
   if (shape.bytes == 0 || p.cols % shape.values != 0) return cudaErrorInvalidValue;
   if (p.rows <= 0) return cudaSuccess;
-  const int64_t units = p.rows * (p.cols / shape.values) * shape.bytes / 2;
-  Repack<<<Blocks(units), kThreads, 0, stream>>>(p, shape, DeviceRowBytes(p.type, p.cols));
+  switch (p.type) {
+    case kF32:
+      LaunchRepackOf<kF32>(p, stream);
+      break;
+    case kF16:
+    case kBF16:
+      LaunchRepackOf<kF16>(p, stream);
+      break;
+    case kQ4_0:
+      LaunchRepackOf<kQ4_0>(p, stream);
+      break;
+    case kQ5_0:
+      LaunchRepackOf<kQ5_0>(p, stream);
+      break;
+    case kQ8_0:
+      LaunchRepackOf<kQ8_0>(p, stream);
+      break;
+    case kQ4_K:
+      LaunchRepackOf<kQ4_K>(p, stream);
+      break;
+    case kQ5_K:
+      LaunchRepackOf<kQ5_K>(p, stream);
+      break;
+    default:
+      LaunchRepackOf<kQ6_K>(p, stream);
+  }
   return cudaGetLastError();
 }
 

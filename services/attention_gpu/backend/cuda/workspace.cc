@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/base/status_macros.h"
+#include "services/attention_gpu/backend/cuda/prefill_layout.h"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -14,6 +15,7 @@ constexpr int64_t kMostParts = 512;
 Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t cache_tokens)
     : c_(c),
       piece_(std::min(max_tokens, kPiece)),
+      max_tokens_(max_tokens),
       // So that sequences that fill the cache, a token each, make one launch where they share nothing.
       parts_(std::clamp<int64_t>(cache_tokens / kSplitTokens + 16, kMaxSplits, kMostParts)) {
   const int64_t heads = c.num_attention_heads, width = c.latent_dim(), hidden = c.hidden_size;
@@ -23,16 +25,19 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t ca
   device_.Want(&normed, std::max(max_tokens, kLogitsRows) * hidden);
   device_.Want(&expert_ids, max_tokens * c.num_experts_per_tok);
   device_.Want(&expert_weights, max_tokens * c.num_experts_per_tok);
+  device_.Want(&router_logits, std::min(max_tokens, kRouted) * c.n_routed_experts);
   const int64_t n = piece_;
+  inner_ = inner;
   device_.Want(&q_a, n * c.q_lora_rank);
-  device_.Want(&q, n * heads * c.qk_head_dim());
   device_.Want(&kv, n * width);
+  scratch_bytes_ = device_.bytes();
+  device_.Want(&q, n * heads * c.qk_head_dim());
   device_.Want(&latents, n * heads * c.kv_lora_rank);
   device_.Want(&query, n * heads * width);
   device_.Want(&attended, n * heads * c.v_head_dim);
   device_.Want(&gate, n * inner);
   device_.Want(&up, n * inner);
-  device_.Want(&router_logits, n * c.n_routed_experts);
+  scratch_bytes_ = device_.bytes() - scratch_bytes_;
   device_.Want(&partial, parts_ * heads * c.kv_lora_rank);
   device_.Want(&partial_state, parts_ * heads);
   device_.Want(&logits, kLogitsRows * c.vocab_size);
@@ -41,8 +46,18 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t ca
                                    inner, hidden, c.q_lora_rank});
   device_.Want(&form_q, kMaxColumns * widest);
   device_.Want(&form_q_meta, kMaxColumns * widest / 32);
-  device_.Want(&form_h, std::max(n, kLogitsRows) * widest);
-  device_.Want(&form_h_scale, std::max(n, kLogitsRows) * heads);
+  form_values_ = std::max(n, kLogitsRows) * widest;
+  form_scales_ = std::max(n, kLogitsRows) * heads;
+  device_.Want(&form_h, form_values_);
+  device_.Want(&form_h_scale, form_scales_);
+}
+
+int64_t Workspace::FormRows(int64_t width) const { return std::min(form_values_ / width, form_scales_); }
+
+int64_t Workspace::FfnRows(int64_t inner) const {
+  const int64_t wide = std::min(
+      {piece_ * inner_ / inner, FormRows(std::max(inner, c_.hidden_size)), std::min(max_tokens_, kRouted)});
+  return std::max(piece_, wide);
 }
 
 absl::Status Workspace::Allocate() { return device_.Allocate("the buffers of a step"); }
@@ -102,6 +117,7 @@ void Workspace::Point(int64_t count, int64_t pairs, int32_t page_tokens, int32_t
   n = count;
   PointAt(PlacesOf(count, pairs), page_tokens);
   ranges = {{0, count, most_splits}};
+  blocks = {{0, count}};
 }
 
 StepRows Workspace::RowsFrom(int64_t row) const {
@@ -153,18 +169,40 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
       std::memcpy(angle + (t * pairs + i) * 2, cs, sizeof cs);
     }
   }
-  ranges.clear();
-  int64_t parts = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    const int64_t needed = split[t] > 1 ? split[t] : 0;
-    if (ranges.empty() || parts + needed > parts_ || t % piece_ == 0) {
-      ranges.push_back({t, 0, 1});
-      parts = 0;
+  blocks.clear();
+  // Rows up to `end` that no expanded sequence has, as many together as have room.
+  auto fill = [&](int64_t end) {
+    int64_t from = blocks.empty() ? 0 : blocks.back().first + blocks.back().count;
+    for (; from < end; from += piece_) blocks.push_back({from, std::min(piece_, end - from)});
+  };
+  for (const StepSequence& s : batch.sequences) {
+    if (!expand || !WorthExpanding(c_, s.count, s.position) ||
+        LayOutPrefill(c_, s.count, int64_t{s.position} + s.count, scratch_bytes_).rows == 0) {
+      continue;
     }
-    part[t] = static_cast<int32_t>(parts);
-    parts += needed;
-    ++ranges.back().count;
-    ranges.back().most_splits = std::max(ranges.back().most_splits, split[t]);
+    fill(s.first);
+    blocks.push_back({s.first, s.count, s.position, true});
+  }
+  fill(n);
+
+  ranges.clear();
+  for (const AttentionBlock& block : blocks) {
+    int64_t parts = 0;
+    for (int64_t t = block.first; t < block.first + block.count; ++t) {
+      const int64_t needed = split[t] > 1 ? split[t] : 0;
+      if (block.expanded) {
+        part[t] = 0;
+        continue;
+      }
+      if (t == block.first || parts + needed > parts_) {
+        ranges.push_back({t, 0, 1});
+        parts = 0;
+      }
+      part[t] = static_cast<int32_t>(parts);
+      parts += needed;
+      ++ranges.back().count;
+      ranges.back().most_splits = std::max(ranges.back().most_splits, split[t]);
+    }
   }
 
   wanted.clear();

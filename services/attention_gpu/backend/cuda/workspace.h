@@ -19,10 +19,19 @@ struct AttentionRange {
   int32_t most_splits = 1;
 };
 
+// Rows that pass a layer's attention together: some of the step, or those of one sequence that attend to
+// expanded keys and values.
+struct AttentionBlock {
+  int64_t first = 0, count = 0;
+  int64_t position = 0;  // of the first row, where expanded
+  bool expanded = false;
+};
+
 class Workspace {
  public:
   static constexpr int64_t kLogitsRows = 64;  // logits computed together
   static constexpr int64_t kPiece = 512;      // tokens that pass a layer's dense part together
+  static constexpr int64_t kRouted = 4096;    // tokens whose experts are chosen together
 
   // For steps of up to max_tokens; cache_tokens are in the KV cache of all sequences.
   Workspace(const model::ModelConfig& config, int64_t max_tokens, int64_t cache_tokens);
@@ -43,6 +52,13 @@ class Workspace {
   absl::Status Reserve(int64_t rows, int64_t pairs, int64_t pages);
 
   int64_t piece_tokens() const { return piece_; }
+  // Rows that pass an FFN of so many inner values together.
+  int64_t FfnRows(int64_t inner) const;
+  // Rows of `width` values that have room in form_h.
+  int64_t FormRows(int64_t width) const;
+  // Memory for LayOutPrefill: that of q, latents, query, attended, gate and up, which are one allocation.
+  uint8_t* scratch() const { return reinterpret_cast<uint8_t*>(q); }
+  uint64_t scratch_bytes() const { return scratch_bytes_; }
   StepRows RowsFrom(int64_t row) const;
 
   // What LayOut made. Device memory.
@@ -52,7 +68,9 @@ class Workspace {
   const int32_t* splits = nullptr;
   const int32_t* first_partial = nullptr;
   const int32_t* generated = nullptr;  // [n] 1: the token was generated, 0: it is of a prompt
-  std::vector<AttentionRange> ranges;
+  std::vector<AttentionRange> ranges;  // of the rows that are not expanded
+  std::vector<AttentionBlock> blocks;  // of all rows, in order
+  bool expand = true;                  // LayOut may choose expanded attention
   // Rows whose logits are wanted, in order, on both sides.
   std::vector<int32_t> wanted;
   const int32_t* wanted_rows = nullptr;
@@ -62,17 +80,17 @@ class Workspace {
   float* normed = nullptr;        // [hidden]
   int32_t* expert_ids = nullptr;  // [k]
   float* expert_weights = nullptr;
+  float* router_logits = nullptr;  // [min(max_tokens, kRouted), experts]
   // [piece_tokens, ...] each:
-  float* q_a = nullptr;            // [q_lora]
-  float* q = nullptr;              // [heads, qk]
-  float* kv = nullptr;             // [lora + rope]
-  float* latents = nullptr;        // [heads, lora]: the absorbed query, later what attention gives
-  uint16_t* query = nullptr;       // [heads, lora + rope]
-  float* attended = nullptr;       // [heads, v]
-  float* gate = nullptr;           // [inner]
-  float* up = nullptr;             // [inner]
-  float* router_logits = nullptr;  // [experts]
-  float* partial = nullptr;        // [parts of a launch, heads, lora]
+  float* q_a = nullptr;       // [q_lora]
+  float* q = nullptr;         // [heads, qk]
+  float* kv = nullptr;        // [lora + rope]
+  float* latents = nullptr;   // [heads, lora]: the absorbed query, later what attention gives
+  uint16_t* query = nullptr;  // [heads, lora + rope]
+  float* attended = nullptr;  // [heads, v]
+  float* gate = nullptr;      // [inner]
+  float* up = nullptr;        // [inner]
+  float* partial = nullptr;   // [parts of a launch, heads, lora]
   float2* partial_state = nullptr;
   float* logits = nullptr;  // [kLogitsRows, vocab]
   // The forms of activations, for whatever product is next.
@@ -91,8 +109,10 @@ class Workspace {
   void PointAt(const Places& places, int32_t page_tokens);
 
   const model::ModelConfig c_;
-  const int64_t piece_;
-  const int64_t parts_;      // of attention, in one launch; kMaxSplits at least
+  const int64_t piece_, max_tokens_;
+  const int64_t parts_;  // of attention, in one launch; kMaxSplits at least
+  int64_t inner_ = 0, form_values_ = 0, form_scales_ = 0;
+  uint64_t scratch_bytes_ = 0;
   uint64_t generation_ = 0;  // of the description's place
   Arena device_{Arena::Kind::kDevice};
   // The description of the step, 4-byte words, on both sides; grows with the page tables.
