@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "services/attention_gpu/sampling/sampling.h"
 
@@ -71,6 +72,19 @@ class Backend {
   // step wrote is changed, and the same step may be asked for again: positions already written are written
   // over. Unavailable: the experts are gone; see RecoverExperts.
   virtual absl::Status Step(const StepBatch& batch, StepResult* result) = 0;
+
+  // Whether such a large step can be made beside others: BeginLong, then Step and the copies below as ever,
+  // for other sequences that write other pages, and AwaitLong until it says that it is done or fails. One at
+  // a time. What the batch points to must stay until then.
+  virtual bool long_beside_others() const { return false; }
+  virtual absl::Status BeginLong(const StepBatch&) { return absl::UnimplementedError("no step beside others"); }
+  // True: it is done, and *result is what Step would have given; false: not within `most`. After an error, of
+  // the kinds that Step has, there is no such step any more.
+  virtual absl::StatusOr<bool> AwaitLong(absl::Duration, StepResult*) {
+    return absl::UnimplementedError("no step beside others");
+  }
+  // Gives it up, if there is one; before RecoverExperts.
+  virtual void DropLong() {}
 
   // The contents of a page, all layers, as bytes of the backend's own layout: what CopyPageOut wrote,
   // CopyPageIn puts back, into the same page or another one, bit for bit. Between steps; the next step sees

@@ -7,11 +7,14 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "absl/time/clock.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
 
 namespace tandem::attention {
@@ -68,6 +71,16 @@ class HashScript {
     held_ = false;
     changed_.notify_all();
   }
+  // Long steps made beside others are done after so many looks; and the errors that the next ones end with.
+  void SetLong(int looks, std::vector<absl::Status> from_the_back = {}) {
+    const std::lock_guard lock(mutex_);
+    long_looks_ = looks;
+    long_errors_ = std::move(from_the_back);
+  }
+  int64_t long_steps() const { return Read(long_steps_); }
+  int64_t long_tokens() const { return Read(long_tokens_); }
+  int64_t steps_beside() const { return Read(steps_beside_); }  // while a long one was under way
+  int64_t dropped() const { return Read(dropped_); }
   int max_sequences() const { return Read(max_sequences_); }
   int max_tokens() const { return Read(max_tokens_); }
   int64_t tokens() const { return Read(tokens_); }
@@ -105,6 +118,9 @@ class HashScript {
   bool held_ = false;
   int max_sequences_ = 0, max_tokens_ = 0;
   int64_t tokens_ = 0, steps_ = 0;
+  int long_looks_ = 0;
+  std::vector<absl::Status> long_errors_;
+  int64_t long_steps_ = 0, long_tokens_ = 0, steps_beside_ = 0, dropped_ = 0;
 };
 
 class HashBackend : public Backend {
@@ -116,9 +132,60 @@ class HashBackend : public Backend {
   int32_t max_step_tokens() const override { return kHashStepTokens; }
   int32_t long_prompt_tokens() const override { return long_prompt; }
   int32_t long_prompt = 0;
+  bool beside = false;  // long steps are made beside others
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
-    absl::Status status = script_.OnStep(batch);
+    if (long_) {
+      const std::lock_guard lock(script_.mutex_);
+      ++script_.steps_beside_;
+      for (const StepSequence& s : batch.sequences) {
+        for (const StepSequence& l : long_->sequences) EXPECT_NE(s.params, l.params) << "in both steps";
+      }
+    }
+    return Compute(batch, script_.OnStep(batch), result);
+  }
+
+  bool long_beside_others() const override { return beside; }
+  absl::Status BeginLong(const StepBatch& batch) override {
+    EXPECT_FALSE(long_) << "one at a time";
+    EXPECT_GE(static_cast<int32_t>(batch.tokens.size()), long_prompt);
+    const std::lock_guard lock(script_.mutex_);
+    long_ = batch;
+    looks_ = 0;
+    ++script_.long_steps_;
+    return absl::OkStatus();
+  }
+  absl::StatusOr<bool> AwaitLong(absl::Duration most, StepResult* result) override {
+    EXPECT_TRUE(long_);
+    if (++looks_ < script_.Read(script_.long_looks_)) {
+      absl::SleepFor(std::min(most, absl::Milliseconds(1)));
+      return false;
+    }
+    const StepBatch batch = *std::exchange(long_, std::nullopt);
+    absl::Status status;
+    {
+      const std::lock_guard lock(script_.mutex_);
+      if (!script_.long_errors_.empty()) {
+        status = script_.long_errors_.back();
+        script_.long_errors_.pop_back();
+      }
+      if (status.ok()) script_.long_tokens_ += static_cast<int64_t>(batch.tokens.size());
+    }
+    const absl::Status computed = Compute(batch, status, result);
+    if (!computed.ok()) return computed;
+    return true;
+  }
+  void DropLong() override {
+    if (!long_) return;
+    const StepBatch batch = *std::exchange(long_, std::nullopt);
+    StepResult none;
+    (void)Compute(batch, absl::CancelledError("dropped"), &none);
+    const std::lock_guard lock(script_.mutex_);
+    ++script_.dropped_;
+  }
+
+  // A step that ends with `status`.
+  absl::Status Compute(const StepBatch& batch, const absl::Status& status, StepResult* result) {
     EXPECT_LE(batch.tokens.size(), static_cast<size_t>(kHashStepTokens));
     EXPECT_FALSE(batch.sequences.empty());
     CheckWrites(batch);
@@ -154,7 +221,10 @@ class HashBackend : public Backend {
     std::memcpy(&cache_[page * kHashPageTokens], from.data(), from.size());
     return absl::OkStatus();
   }
-  absl::Status RecoverExperts(absl::Duration) override { return script_.Read(script_.recovery_); }
+  absl::Status RecoverExperts(absl::Duration) override {
+    EXPECT_FALSE(long_) << "dropped before";
+    return script_.Read(script_.recovery_);
+  }
 
   // What lies in a page.
   int32_t& At(int32_t page, int32_t i) { return cache_[page * kHashPageTokens + i]; }
@@ -181,6 +251,8 @@ class HashBackend : public Backend {
 
   std::vector<int32_t> cache_;
   HashScript& script_;
+  std::optional<StepBatch> long_;
+  int looks_ = 0;
 };
 
 }  // namespace tandem::attention

@@ -32,25 +32,21 @@ Plan Planner::Next() {
   std::vector<int32_t> counts(running_.size(), 0);
   int32_t decoding = 0;
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (!running_[i]->decoding()) continue;
+    if (!running_[i]->decoding() || running_[i]->apart) continue;
     counts[i] = 1;
     ++decoding;
   }
   if (decoding < running()) ShareOut(PromptBudget(decoding), counts);
 
-  // Pages in order of arrival: who comes later may lose his place in the step to who came earlier, never the
-  // other way round.
-  for (size_t i = 0; i < running_.size(); ++i) {
-    Sequence& s = *running_[i];
-    if (counts[i] > 0 && !Reserve(s, s.computed + counts[i])) counts[i] = 0;
-  }
+  ReserveAll(counts);
   for (bool decode : {true, false}) {
     for (size_t i = 0; i < running_.size(); ++i) {
       if (counts[i] > 0 && running_[i]->decoding() == decode) Add(*running_[i], counts[i], plan);
     }
     if (decode) plan.decoding = static_cast<int32_t>(plan.sequences.size());
   }
-  if (plan.sequences.empty()) {  // the running ones have no page to go on, the first prompt had no budget
+  // The running ones have no page to go on, the first prompt had no budget.
+  if (plan.sequences.empty() && !long_step_) {
     Sequence& first = *running_.front();
     const int32_t count = std::min({first.remaining(), options_.chunk_size, max_step_tokens_});
     TANDEM_CHECK(Reserve(first, first.computed + count));
@@ -60,8 +56,46 @@ Plan Planner::Next() {
   return plan;
 }
 
+Plan Planner::NextLong() {
+  Plan plan;
+  if (long_step_ || idle() || !backend_.long_beside_others()) return plan;
+  Admit();
+  for (auto& s : running_) Adopt(*s);
+  if (!LongPrompts()) return plan;
+  std::vector<int32_t> counts(running_.size(), 0);
+  ShareOut(max_step_tokens_, counts);
+  ReserveAll(counts);
+  int32_t tokens = 0;
+  for (size_t i = 0; i < running_.size(); ++i) tokens += counts[i];
+  if (tokens < backend_.long_prompt_tokens()) return plan;  // for want of pages
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (counts[i] == 0) continue;
+    Add(*running_[i], counts[i], plan);
+    running_[i]->apart = true;
+  }
+  plan.prompt_tokens = tokens;
+  long_step_ = true;
+  return plan;
+}
+
+void Planner::LongDone(const Plan& plan, double seconds) {
+  LongDropped(plan);
+  pacer_.Observe(0, plan.prompt_tokens, seconds);
+  Computed(plan);
+}
+
+void Planner::LongDropped(const Plan& plan) {
+  for (Sequence* s : plan.sequences) s->apart = false;
+  long_step_ = false;
+}
+
 void Planner::Done(const Plan& plan, double seconds) {
-  pacer_.Observe(plan.decoding, plan.prompt_tokens, seconds);
+  // Beside a long step others take longer: that says nothing of themselves.
+  if (!long_step_) pacer_.Observe(plan.decoding, plan.prompt_tokens, seconds);
+  Computed(plan);
+}
+
+void Planner::Computed(const Plan& plan) {
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
     Sequence& s = *plan.sequences[i];
     s.computed += plan.batch.sequences[i].count;
@@ -128,6 +162,7 @@ void Planner::Admit() {
 // Takes over pages that others have computed, at the admission and at every page's end after it: a neighbour
 // may be ahead. Then the beginning of a page, unless a neighbour is about to know the whole.
 void Planner::Adopt(Sequence& s) {
+  if (s.apart) return;
   Gain(s, kv_.Adopt(s.tokens, s.computed, s.kv));
   if (!WaitsForNeighbour(s)) Gain(s, kv_.CopyPart(s.tokens, s.computed, s.kv));
 }
@@ -173,7 +208,7 @@ double Planner::UrgencyOf(const Sequence& s) const {
 double Planner::Urgency() const {
   double most = 1;
   for (const auto& s : running_) {
-    if (!s->decoding() && !WaitsForNeighbour(*s)) most = std::max(most, UrgencyOf(*s));
+    if (WantsPrompt(*s)) most = std::max(most, UrgencyOf(*s));
   }
   return std::min(most, kMostUrgent);
 }
@@ -182,7 +217,9 @@ int32_t Planner::PromptBudget(int32_t decoding) {
   pacer_.SetUrgency(decoding > 0 ? Urgency() : 1);
   int32_t chunk = decoding > 0 ? std::min(pacer_.Chunk(decoding), options_.chunk_size) : options_.chunk_size;
   // A step of many tokens takes long: not while somebody waits for his next one.
-  if (decoding == 0 && LongPrompts()) chunk = max_step_tokens_;
+  if (decoding == 0 && !backend_.long_beside_others() && LongPrompts()) chunk = max_step_tokens_;
+  // Those who are apart are not to wait for others' prompts when their step is done.
+  if (long_step_) chunk = std::min(chunk, options_.mixed_chunk_size);
   return std::min(chunk, max_step_tokens_ - decoding);
 }
 
@@ -192,7 +229,7 @@ bool Planner::LongPrompts() const {
   if (least <= 0) return false;
   int64_t tokens = 0;
   for (const auto& s : running_) {
-    if (!s->decoding() && !WaitsForNeighbour(*s)) tokens += s->remaining();
+    if (WantsPrompt(*s)) tokens += s->remaining();
   }
   return tokens >= least;
 }
@@ -201,7 +238,7 @@ bool Planner::LongPrompts() const {
 void Planner::ShareOut(int32_t budget, std::vector<int32_t>& counts) const {
   std::vector<size_t> order;
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (!running_[i]->decoding() && !WaitsForNeighbour(*running_[i])) order.push_back(i);
+    if (WantsPrompt(*running_[i])) order.push_back(i);
   }
   if (order.empty() || budget <= 0) return;
   const size_t first = order[0];
@@ -219,6 +256,16 @@ void Planner::ShareOut(int32_t budget, std::vector<int32_t>& counts) const {
   counts[first] += std::min(budget, wanted - counts[first]);
 }
 
+// Pages for so many more tokens of each, in order of arrival: who comes later may lose his place in the step
+// to who came earlier, never the other way round.
+void Planner::ReserveAll(std::vector<int32_t>& counts) {
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence& s = *running_[i];
+    // In the place of one who gave it up stands one who is apart, if anybody.
+    if (s.apart || (counts[i] > 0 && !Reserve(s, s.computed + counts[i]))) counts[i] = 0;
+  }
+}
+
 // Makes sure that `s` has pages for its first `tokens` tokens; sequences that came later give theirs up.
 bool Planner::Reserve(Sequence& s, int32_t tokens) {
   while (!kv_.Reserve(tokens, s.kv)) {
@@ -227,12 +274,14 @@ bool Planner::Reserve(Sequence& s, int32_t tokens) {
   return true;
 }
 
-// Takes the pages of the latest comer if that is later than `number`; it goes back to the queue, and what is
-// not in the prefix cache any more when its turn comes again is computed again.
+// Takes the pages of the latest comer that is not apart, if that is later than `number`; it goes back to the
+// queue, and what is not in the prefix cache any more when its turn comes again is computed again.
 bool Planner::PreemptLaterThan(uint64_t number) {
-  if (running_.empty() || running_.back()->number <= number) return false;
-  SequencePtr victim = std::move(running_.back());
-  running_.pop_back();
+  const auto latest =
+      std::find_if(running_.rbegin(), running_.rend(), [](const SequencePtr& s) { return !s->apart; });
+  if (latest == running_.rend() || (*latest)->number <= number) return false;
+  SequencePtr victim = std::move(*latest);
+  running_.erase(std::next(latest).base());
   kv_.Release(victim->kv);
   victim->computed = 0;
   ++preemptions_;

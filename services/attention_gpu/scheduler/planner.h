@@ -36,11 +36,19 @@ class Planner {
   bool idle() const { return running_.empty() && waiting_.empty(); }
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
 
-  // Not empty unless idle(). Points into sequences: valid until one of them is changed or removed.
+  // Not empty unless idle(), or nobody can go on before a long step is done. Points into sequences: valid
+  // until one of them is changed or removed.
   Plan Next();
   // The step was done in so many seconds: its tokens are computed. Sampled tokens are for the caller to
   // append.
   void Done(const Plan& plan, double seconds);
+
+  // Prompts that are worth a long step, where the backend can make it beside the others' (and Next leaves it
+  // to this); empty: none are, or one is under way. From here on they are apart: Next does without them,
+  // until LongDone or LongDropped.
+  Plan NextLong();
+  void LongDone(const Plan& plan, double seconds);
+  void LongDropped(const Plan& plan);
 
   // Takes the sequence out and gives its pages back; nullptr if there is none of this number.
   SequencePtr Remove(uint64_t number);
@@ -59,7 +67,10 @@ class Planner {
   double UrgencyOf(const Sequence& s) const;
   double Urgency() const;
   bool LongPrompts() const;
+  bool WantsPrompt(const Sequence& s) const { return !s.decoding() && !s.apart && !WaitsForNeighbour(s); }
+  void Computed(const Plan& plan);
   void ShareOut(int32_t budget, std::vector<int32_t>& counts) const;
+  void ReserveAll(std::vector<int32_t>& counts);
   bool Reserve(Sequence& s, int32_t tokens);
   bool PreemptLaterThan(uint64_t number);
   static void Add(Sequence& s, int32_t count, Plan& plan);
@@ -69,6 +80,7 @@ class Planner {
   const int32_t max_step_tokens_;
   KvCache kv_;
   Pacer pacer_;
+  bool long_step_ = false;  // is under way
   // Both in order of arrival.
   std::deque<SequencePtr> waiting_;
   std::vector<SequencePtr> running_;

@@ -21,6 +21,7 @@ using Lock = std::unique_lock<std::mutex>;
 
 constexpr absl::Duration kRecoverySlice = absl::Seconds(1);
 constexpr absl::Duration kRecoveryPause = absl::Milliseconds(50);
+constexpr absl::Duration kLongLook = absl::Milliseconds(10);  // of who has nothing else to do
 
 bool IsLoss(const absl::Status& s) { return absl::IsUnavailable(s) || absl::IsDeadlineExceeded(s); }
 
@@ -129,7 +130,14 @@ class Scheduler::Loop {
         continue;
       }
       if (planner_.idle()) continue;
+      if (long_) AwaitLong(absl::ZeroDuration());
+      if (!long_ && !lost_) BeginLong();
+      if (lost_ || planner_.idle()) continue;
       const Plan plan = planner_.Next();
+      if (plan.sequences.empty()) {
+        AwaitLong(kLongLook);
+        continue;
+      }
       Publish();
       StepResult result;
       const auto begin = std::chrono::steady_clock::now();
@@ -138,15 +146,69 @@ class Scheduler::Loop {
         lost_since_.reset();
         planner_.Done(plan, Seconds(std::chrono::steady_clock::now() - begin));
         Commit(plan, result);
-      } else if (IsLoss(status)) {
-        Lose(status);
       } else {
-        for (const Sequence* s : plan.sequences) Fail(s->number, status);
+        Failed(plan, status);
       }
       Publish();
     }
+    DropLong();
     const auto all = planner_.Select([](const Sequence&) { return true; });
     for (uint64_t number : all) Fail(number, absl::CancelledError("the engine stopped"));
+  }
+
+  // Prompts that are worth a long step get theirs beside the others'.
+  void BeginLong() {
+    Plan plan = planner_.NextLong();
+    if (plan.sequences.empty()) return;
+    long_ = std::move(plan);
+    long_begin_ = std::chrono::steady_clock::now();
+    Publish();
+    const absl::Status status = backend_.BeginLong(long_->batch);
+    if (!status.ok()) Failed(EndLong(), status);
+  }
+
+  void AwaitLong(absl::Duration most) {
+    StepResult result;
+    const absl::StatusOr<bool> done = backend_.AwaitLong(most, &result);
+    if (done.ok() && !*done) return;
+    if (!done.ok()) {
+      Failed(EndLong(), done.status());
+    } else {
+      lost_since_.reset();
+      const Plan plan = *std::exchange(long_, std::nullopt);
+      planner_.LongDone(plan, Seconds(std::chrono::steady_clock::now() - long_begin_));
+      Commit(plan, result);
+    }
+    Publish();
+  }
+
+  // The plan of the long step that is no more; none of its tokens is computed.
+  Plan EndLong() {
+    Plan plan = *std::exchange(long_, std::nullopt);
+    planner_.LongDropped(plan);
+    return plan;
+  }
+
+  void DropLong() {
+    if (!long_) return;
+    backend_.DropLong();
+    EndLong();
+  }
+
+  void Failed(const Plan& plan, const absl::Status& status) {
+    if (IsLoss(status)) return Lose(status);
+    std::vector<uint64_t> numbers;
+    for (const Sequence* s : plan.sequences) numbers.push_back(s->number);
+    for (uint64_t number : numbers) Fail(number, status);
+  }
+
+  // Out of the batch or the queue. Nobody leaves a long step alone: the others in it begin again.
+  SequencePtr Take(uint64_t number) {
+    if (long_ && std::any_of(long_->sequences.begin(), long_->sequences.end(),
+                             [number](const Sequence* s) { return s->number == number; })) {
+      DropLong();
+    }
+    return planner_.Remove(number);
   }
 
   // New sequences and cancellations; waits while there is nothing to do. False: stop.
@@ -177,6 +239,7 @@ class Scheduler::Loop {
 
   // A step failed because experts are gone. Nothing of it is kept: the next one is planned anew.
   void Lose(const absl::Status& status) {
+    DropLong();
     lost_ = true;
     loss_ = status;
     if (!lost_since_) lost_since_ = absl::Now();
@@ -253,14 +316,14 @@ class Scheduler::Loop {
   }
 
   void Fail(uint64_t number, const absl::Status& status) {
-    if (const SequencePtr s = planner_.Remove(number)) {
+    if (const SequencePtr s = Take(number)) {
       Deliver(*s, {}, FinishReason::kNone, status);
       Ended();
     }
   }
 
   void Drop(uint64_t number) {
-    if (planner_.Remove(number)) Ended();
+    if (Take(number)) Ended();
   }
 
   // After the sequence has left its list, so that nobody sees it gone and still running.
@@ -306,6 +369,8 @@ class Scheduler::Loop {
 
   // The thread's own.
   Planner planner_;
+  std::optional<Plan> long_;  // the step under way beside the others
+  std::chrono::steady_clock::time_point long_begin_;
   uint64_t prompt_tokens_ = 0, generated_tokens_ = 0, recoveries_ = 0;
   bool lost_ = false;                     // RecoverExperts has to succeed before the next step
   std::optional<absl::Time> lost_since_;  // since then no step has worked

@@ -24,6 +24,7 @@ struct Sequence {
   int32_t generated = 0;
   int32_t most_computed = 0;  // the highest that `computed` ever was: what preemption cannot count twice
   int32_t cached = 0;         // prompt tokens that others had computed
+  bool apart = false;         // in a long step beside the others': not in theirs, and keeps its pages
   // `admitted`: when it came into the batch, of late; `started`: when the first step had tokens of it.
   absl::Time arrived, admitted, started = absl::InfiniteFuture(), first_token, last_token;
 

@@ -286,6 +286,75 @@ TEST(CudaBackend, StreamedPrompts) {
   EXPECT_EQ(cuda->long_prompt_tokens(), 32);
 }
 
+// The longest prompt streamed while the others' tokens are made: all are as alone.
+TEST(CudaBackend, OthersDecodeBesideAStreamedPrompt) {
+  TANDEM_NEEDS_GPU();
+  Model m;
+  m.options_.max_step_tokens = 64;
+  m.options_.stream_prefill = {StreamPrefill::Mode::kFrom, 32};
+  m.options_.stream_step_tokens = 4096;
+  m.options_.stream_buffer_bytes = 16 << 20;
+  const auto cuda = m.Cuda();
+  ASSERT_NE(cuda, nullptr);
+  ASSERT_TRUE(cuda->long_beside_others());
+  const auto prompts = Prompts();
+  const Prompt& other = prompts[2];
+  const Prompt& longest = *std::max_element(prompts.begin(), prompts.end(), [](const auto& a, const auto& b) {
+    return a.tokens.size() < b.tokens.size();
+  });
+  Sequence b(0, 100);
+  StepBatch batch;
+  batch.tokens = longest.tokens;
+  StepSequence s;
+  s.count = static_cast<int32_t>(longest.tokens.size());
+  s.pages = b.pages;
+  s.sample = true;
+  s.params = &kGreedy;
+  s.counts = &kNoCounts;
+  batch.sequences.push_back(s);
+  b.position = s.count;
+  // Dropped at the beginning and in the middle, then to its end.
+  for (const int drop_after : {0, 3, -1}) {
+    Sequence a(128, 16);
+    std::vector<int32_t> tokens;
+    for (size_t at = 0; at < other.tokens.size(); at += 50) {
+      tokens.assign(other.tokens.begin() + at, other.tokens.begin() + std::min(at + 50, other.tokens.size()));
+      tokens = {RunStep(*cuda, {{&a, tokens}}, false).sampled[0].token};
+    }
+    ASSERT_TRUE(cuda->BeginLong(batch).ok());
+    EXPECT_FALSE(cuda->BeginLong(batch).ok());
+    bool done = false;
+    int beside = 0;
+    StepResult result;
+    while (tokens.size() < other.greedy.size()) {
+      if (drop_after == beside) cuda->DropLong();
+      if (!done && (drop_after < 0 || beside < drop_after)) {
+        const auto looked = cuda->AwaitLong(absl::ZeroDuration(), &result);
+        ASSERT_TRUE(looked.ok()) << looked.status();
+        done = *looked;
+        if (!done) ++beside;
+      }
+      tokens.push_back(RunStep(*cuda, {{&a, {tokens.back()}}}, false).sampled[0].token);
+      if (done && drop_after >= 0) break;  // too fast to be dropped
+    }
+    if (drop_after < 0 || !done) {
+      EXPECT_EQ(tokens, other.greedy) << drop_after;
+    }
+    if (drop_after >= 0) {
+      cuda->DropLong();
+      continue;
+    }
+    if (!done) {
+      const auto awaited = cuda->AwaitLong(absl::InfiniteDuration(), &result);
+      ASSERT_TRUE(awaited.ok() && *awaited) << awaited.status();
+    }
+    std::printf("%d steps beside a streamed prompt of %zu tokens\n", beside, longest.tokens.size());
+    EXPECT_GT(beside, 0);
+    EXPECT_EQ(Greedy(*cuda, b, result.sampled[0].token, longest.greedy.size()), longest.greedy);
+  }
+  EXPECT_FALSE(cuda->AwaitLong(absl::ZeroDuration(), nullptr).ok()) << "there is none";
+}
+
 // Along the golden continuations, the experts called by the host.
 TEST(CudaBackend, DefersExpertsAsTheCpuBackendDoes) {
   TANDEM_NEEDS_GPU();

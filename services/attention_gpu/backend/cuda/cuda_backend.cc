@@ -15,6 +15,7 @@
 #include "services/attention_gpu/backend/cuda/forward.h"
 #include "services/attention_gpu/backend/cuda/host_experts.h"
 #include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/long_step.h"
 #include "services/attention_gpu/backend/cuda/sampler.h"
 #include "services/attention_gpu/backend/cuda/step_graph.h"
 #include "services/attention_gpu/backend/cuda/streamed_prefill.h"
@@ -62,17 +63,26 @@ cuda::StreamOptions StreamOptionsFor(const model::ModelConfig& c, const CudaBack
   return s;
 }
 
-cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o) {
-  return cuda::Workspace(c, StepTokens(c, o), int64_t{o.page_count} * o.page_tokens);
+cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o, int32_t tokens) {
+  return cuda::Workspace(c, tokens, int64_t{o.page_count} * o.page_tokens);
+}
+
+uint64_t WorkspaceBytes(const model::ModelConfig& c, const CudaBackendOptions& o) {
+  const uint64_t long_step = Streams(c, o) ? WorkspaceFor(c, o, StepTokens(c, o)).bytes() : 0;
+  return WorkspaceFor(c, o, o.max_step_tokens).bytes() + long_step;
 }
 
 class CudaBackend : public Backend {
  public:
   CudaBackend(const model::ModelConfig& config, const CudaBackendOptions& options,
               std::unique_ptr<ExpertGroup> experts)
-      : c_(config), options_(options), experts_(std::move(experts)), work_(WorkspaceFor(config, options)) {}
+      : c_(config),
+        options_(options),
+        experts_(std::move(experts)),
+        work_(WorkspaceFor(config, options, options.max_step_tokens)) {}
 
   ~CudaBackend() override {
+    long_.reset();
     if (stream_ != nullptr) cudaStreamSynchronize(stream_);
     if (graph_steps_ > 0) {
       spdlog::info(
@@ -90,7 +100,10 @@ class CudaBackend : public Backend {
       return absl::InvalidArgumentError("the model has MoE layers, but no expert process was given");
     }
     TANDEM_RETURN_IF_ERROR(cuda::OpenDevice(options_.device).status());
-    TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
+    int least = 0, greatest = 0;
+    TANDEM_RETURN_IF_ERROR(ToStatus(cudaDeviceGetStreamPriorityRange(&least, &greatest), "a stream"));
+    TANDEM_RETURN_IF_ERROR(
+        ToStatus(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "a stream"));
     TANDEM_RETURN_IF_ERROR(ToStatus(
         cudaEventCreateWithFlags(&done_, cudaEventDisableTiming | cudaEventBlockingSync), "an event"));
     {
@@ -103,7 +116,7 @@ class CudaBackend : public Backend {
     TANDEM_RETURN_IF_ERROR(cache_memory_.Allocate("the KV cache"));
     frequencies_ = model::RopeFrequencies(c_);
     TANDEM_RETURN_IF_ERROR(work_.Allocate());
-    const int64_t rows = std::max<int64_t>(max_step_tokens(), GraphRows());
+    const int64_t rows = std::max<int64_t>(options_.max_step_tokens, GraphRows());
     TANDEM_RETURN_IF_ERROR(
         work_.Reserve(rows, Pairs(), std::min(GraphRows() * options_.page_count, kMostTables)));
     TANDEM_ASSIGN_OR_RETURN(sampler_, cuda::Sampler::Create(c_.vocab_size));
@@ -121,6 +134,10 @@ class CudaBackend : public Backend {
       s.call_tokens = options_.max_step_tokens;
       streamed_ = std::make_unique<cuda::StreamedPrefill>(c_, *experts_, s);
       streamed_->Open();
+      long_ = std::make_unique<cuda::LongStep>(c_, *weights_, cache_, StepTokens(c_, options_),
+                                               int64_t{options_.page_count} * options_.page_tokens,
+                                               options_.device);
+      TANDEM_RETURN_IF_ERROR(long_->Allocate(StepTokens(c_, options_), Pairs(), options_.page_count));
     }
     return CaptureAll();
   }
@@ -136,6 +153,7 @@ class CudaBackend : public Backend {
   absl::Status RecoverExperts(absl::Duration patience) override {
     if (experts_ == nullptr) return absl::OkStatus();
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
+    DropLong();
     if (bell_ != nullptr) bell_->Detach();
     if (streamed_ != nullptr) streamed_->Close();  // a process that comes back needs the memory
     TANDEM_RETURN_IF_ERROR(experts_->Recover(patience));
@@ -152,9 +170,12 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
+    if (Stream(batch)) {
+      TANDEM_RETURN_IF_ERROR(BeginLong(batch));
+      return AwaitLong(absl::InfiniteDuration(), result).status();
+    }
     const auto n = static_cast<int64_t>(batch.tokens.size());
-    const bool stream = Stream(batch);
-    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, stream ? max_step_tokens() : options_.max_step_tokens));
+    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, options_.max_step_tokens));
     *result = StepResult();
     result->sampled.resize(batch.sequences.size());
     if (n == 0) return absl::OkStatus();
@@ -162,10 +183,10 @@ class CudaBackend : public Backend {
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
     const double cpu = ThreadSeconds();
     TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
-    const bool bell = bell_ != nullptr && !stream && !batch.want_logits && n <= bell_->max_tokens();
+    const bool bell = bell_ != nullptr && !batch.want_logits && n <= bell_->max_tokens();
     const absl::StatusOr<cuda::StepGraph*> chosen = GraphFor(batch);
     absl::Status status = chosen.status();
-    const int32_t defer = Defer(batch, status.ok() && *chosen != nullptr, stream);
+    const int32_t defer = Defer(batch, status.ok() && *chosen != nullptr);
     if (status.ok() && bell) {
       status = bell_->Begin(cuda::Bell::CallsOf(c_.num_moe_layers(), defer), stream_);
     }
@@ -174,19 +195,15 @@ class CudaBackend : public Backend {
       return status;
     }
     cuda::StepGraph* const graph = *chosen;
-    status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, stream, defer, result);
+    status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, defer, result);
     const double launched = ThreadSeconds();
     // Whatever is still on its way uses the buffers of this step.
     status.Update(Drain(graph));
-    if (stream && !status.ok()) {
-      spdlog::warn("prompts are not streamed any more: {}", std::string(status.message()));
-      streamed_->Close();
-    }
     if (bell) {
       const absl::Status finished = bell_->Finish(status.ok(), status);
       if (!finished.ok()) status = finished;  // says more
     }
-    if (status.ok() && graph != nullptr) ReadRows(batch, 0, n, result);
+    if (status.ok() && graph != nullptr) ReadRows(batch, work_, 0, n, result);
     if (graph != nullptr) {
       ++graph_steps_;
       graph_cpu_seconds_ += launched - cpu;
@@ -194,6 +211,39 @@ class CudaBackend : public Backend {
       ++launched_steps_;
     }
     return status;
+  }
+
+  bool long_beside_others() const override { return long_prompt_tokens() > 0; }
+
+  absl::Status BeginLong(const StepBatch& batch) override {
+    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, max_step_tokens()));
+    if (long_ == nullptr || batch.tokens.empty() || batch.want_logits) {
+      return absl::InvalidArgumentError("not a step to be streamed");
+    }
+    TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
+    return long_->Begin(batch, frequencies_, options_.page_tokens, [this] { return streamed_->Begin(); });
+  }
+
+  absl::StatusOr<bool> AwaitLong(absl::Duration most, StepResult* result) override {
+    if (long_ == nullptr || !long_->active()) return absl::FailedPreconditionError("no long step");
+    const std::optional<absl::Status> layers = long_->Await(most);
+    if (!layers) return false;
+    const StepBatch& batch = long_->batch();
+    *result = StepResult();
+    result->sampled.resize(batch.sequences.size());
+    absl::Status status = *layers;
+    status.Update(ToStatus(cudaSetDevice(options_.device), "the GPU"));
+    if (status.ok()) status = Sample(batch, long_->work(), long_->forward(), long_->stream(), result);
+    status.Update(ToStatus(cudaStreamSynchronize(long_->stream()), "a long step on the GPU"));
+    ++launched_steps_;
+    if (status.ok()) return true;
+    spdlog::warn("prompts are not streamed any more: {}", std::string(status.message()));
+    streamed_->Close();
+    return status;
+  }
+
+  void DropLong() override {
+    if (long_ != nullptr) long_->Drop();
   }
 
   int64_t page_bytes() const override {
@@ -337,35 +387,38 @@ class CudaBackend : public Backend {
       TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
       if (graphs_.empty()) return nullptr;
     }
-    TANDEM_RETURN_IF_ERROR(StageRows(batch, 0, static_cast<int64_t>(n)));
+    TANDEM_RETURN_IF_ERROR(StageRows(batch, work_, 0, static_cast<int64_t>(n)));
     return (sampler_->greedy() ? greedy_graphs_ : graphs_)[n - 1].get();
   }
 
   // Each kernel by itself; also what the graphs leave out.
-  absl::Status LaunchAll(const StepBatch& batch, bool bell, bool stream, int32_t defer, StepResult* result) {
+  absl::Status LaunchAll(const StepBatch& batch, bool bell, int32_t defer, StepResult* result) {
     if (host_experts_ != nullptr) host_experts_->Trace(batch.want_logits ? &result->routing : nullptr);
     cuda::RoutedExperts* experts = bell_.get();
     if (!bell) experts = host_experts_.get();
-    if (stream) {
-      TANDEM_ASSIGN_OR_RETURN(experts, streamed_->Begin());
-    }
     TANDEM_RETURN_IF_ERROR(forward_->Layers(experts, defer, stream_));
-    const auto total = static_cast<int64_t>(work_.wanted.size());
+    return Sample(batch, work_, *forward_, stream_, result);
+  }
+
+  // The tokens behind the layers, which are on `stream`, and the logits if they are wanted.
+  absl::Status Sample(const StepBatch& batch, const cuda::Workspace& work, cuda::Forward& forward,
+                      cudaStream_t stream, StepResult* result) {
+    const auto total = static_cast<int64_t>(work.wanted.size());
     if (batch.want_logits) result->logits.resize(total * c_.vocab_size);
     for (int64_t at = 0; at < total; at += cuda::Workspace::kLogitsRows) {
       const int64_t count = std::min(cuda::Workspace::kLogitsRows, total - at);
-      TANDEM_RETURN_IF_ERROR(forward_->Logits(at, count, stream_));
-      TANDEM_RETURN_IF_ERROR(StageRows(batch, at, count));
+      TANDEM_RETURN_IF_ERROR(forward.Logits(at, count, stream));
+      TANDEM_RETURN_IF_ERROR(StageRows(batch, work, at, count));
       if (batch.want_logits) {  // before the sampler changes them
         TANDEM_RETURN_IF_ERROR(
-            ToStatus(cudaMemcpyAsync(result->logits.data() + at * c_.vocab_size, work_.logits,
-                                     count * c_.vocab_size * sizeof(float), cudaMemcpyDeviceToHost, stream_),
+            ToStatus(cudaMemcpyAsync(result->logits.data() + at * c_.vocab_size, work.logits,
+                                     count * c_.vocab_size * sizeof(float), cudaMemcpyDeviceToHost, stream),
                      "copying the logits"));
       }
-      TANDEM_RETURN_IF_ERROR(sampler_->greedy() ? sampler_->LaunchGreedy(work_.logits, count, stream_)
-                                                : sampler_->Launch(work_.logits, count, stream_));
-      TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream_), "a step on the GPU"));
-      ReadRows(batch, at, count, result);
+      TANDEM_RETURN_IF_ERROR(sampler_->greedy() ? sampler_->LaunchGreedy(work.logits, count, stream)
+                                                : sampler_->Launch(work.logits, count, stream));
+      TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream), "a step on the GPU"));
+      ReadRows(batch, work, at, count, result);
     }
     return absl::OkStatus();
   }
@@ -373,7 +426,9 @@ class CudaBackend : public Backend {
   // Whether the step's experts are streamed: it has the tokens that are worth it, and the routing is not
   // asked for, which stays on the device then.
   bool Stream(const StepBatch& batch) const {
-    if (streamed_ == nullptr || streamed_->from_tokens() == 0 || batch.want_logits) return false;
+    if (streamed_ == nullptr || streamed_->from_tokens() == 0 || batch.want_logits || long_->active()) {
+      return false;
+    }
     const auto n = static_cast<int64_t>(batch.tokens.size());
     if (batch.tokens.size() == batch.sequences.size()) return false;  // decodes
     if (n > options_.max_step_tokens) return true;
@@ -382,8 +437,8 @@ class CudaBackend : public Backend {
 
   // Experts that the step's generated tokens defer. A graph is made for steps that have some, and good for
   // others; streamed steps defer nothing.
-  int32_t Defer(const StepBatch& batch, bool graph, bool stream) const {
-    return !stream && (graph || HasGeneratedTokens(batch)) ? options_.defer_experts : 0;
+  int32_t Defer(const StepBatch& batch, bool graph) const {
+    return graph || HasGeneratedTokens(batch) ? options_.defer_experts : 0;
   }
 
   // Waits for the stream's end. A long graph is slept through: it needs no CPU. A short one is not, since
@@ -401,23 +456,24 @@ class CudaBackend : public Backend {
   }
 
   // For the `count` wanted rows from `first` on: tells the sampler what is asked of them.
-  absl::Status StageRows(const StepBatch& batch, int64_t first, int64_t count) {
-    sequence_of_.assign(work_.n, nullptr);  // by row; null: none samples there
+  absl::Status StageRows(const StepBatch& batch, const cuda::Workspace& work, int64_t first, int64_t count) {
+    sequence_of_.assign(work.n, nullptr);  // by row; null: none samples there
     for (const StepSequence& s : batch.sequences) {
       if (s.sample) sequence_of_[s.first + s.count - 1] = &s;
     }
     std::vector<cuda::Sampler::Request> requests(count);
     for (int64_t i = 0; i < count; ++i) {
-      const StepSequence* s = sequence_of_[work_.wanted[first + i]];
+      const StepSequence* s = sequence_of_[work.wanted[first + i]];
       if (s != nullptr) requests[i] = {s->params, static_cast<uint64_t>(s->position + s->count), s->counts};
     }
     return sampler_->Stage(requests);
   }
 
   // After the stream's end: the tokens of those rows.
-  void ReadRows(const StepBatch& batch, int64_t first, int64_t count, StepResult* result) const {
+  void ReadRows(const StepBatch& batch, const cuda::Workspace& work, int64_t first, int64_t count,
+                StepResult* result) const {
     for (int64_t i = 0; i < count; ++i) {
-      const StepSequence* s = sequence_of_[work_.wanted[first + i]];
+      const StepSequence* s = sequence_of_[work.wanted[first + i]];
       if (s != nullptr) result->sampled[s - batch.sequences.data()] = sampler_->Read(i);
     }
   }
@@ -434,6 +490,7 @@ class CudaBackend : public Backend {
   std::vector<const StepSequence*> sequence_of_;  // of what is staged
   std::unique_ptr<cuda::HostExperts> host_experts_;
   std::unique_ptr<cuda::StreamedPrefill> streamed_;  // null: never
+  std::unique_ptr<cuda::LongStep> long_;             // streamed steps; null: never
   std::unique_ptr<cuda::Bell> bell_;                 // null: the host calls the experts
   // [n - 1] is for n rows, and for rows of which some are not plainly greedy or for others; captured for
   // these generations of the workspace and of the bell.
@@ -482,7 +539,7 @@ absl::StatusOr<CudaPlan> PlanCuda(const gguf::File& file, const model::ModelConf
   if (!cache) return absl::InvalidArgumentError("the KV cache's size is out of range");
   plan.cache = static_cast<uint64_t>(*cache);
   if (Streams(c, o)) plan.stream = cuda::StreamedExperts::DeviceBytes(c, StreamOptionsFor(c, o));
-  plan.workspace = WorkspaceFor(c, o).bytes() + cuda::Sampler::DeviceBytes() +
+  plan.workspace = WorkspaceBytes(c, o) + cuda::Sampler::DeviceBytes() +
                    cuda::HostExperts::DeviceBytes(c, o.max_step_tokens, o.defer_experts > 0);
   plan.available = device.free_bytes > kReserve ? device.free_bytes - kReserve : 0;
   if (o.vram_limit > 0) plan.available = std::min(plan.available, o.vram_limit);

@@ -142,7 +142,9 @@ absl::Status StreamedExperts::Allocate() {
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "an event"));
     free_stages_.push_back(free_stages_.size());
   }
-  return ToStatus(cudaEventCreateWithFlags(&counted_, cudaEventDisableTiming), "an event");
+  // Waiting for it takes no CPU: the experts may be at work for others.
+  return ToStatus(cudaEventCreateWithFlags(&counted_, cudaEventDisableTiming | cudaEventBlockingSync),
+                  "an event");
 }
 
 std::string StreamedExperts::Description() const {
