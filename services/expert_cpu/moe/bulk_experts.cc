@@ -146,11 +146,8 @@ void BulkExperts::GateUp(const Job& job, const Wave& wave) {
 void BulkExperts::Down(const Job& job) {
   const std::vector<ExpertGroup>& groups = job.grouping.groups();
   const int64_t hidden = job.hidden();
-  int64_t unit_rows = kFewRows;
-  if (job.many(0)) {  // three for each thread
-    const int64_t third = hidden / (3 * pool_.threads());
-    unit_rows = std::clamp(third / kernels::kBulkRowStep * kernels::kBulkRowStep, kFewRows, kManyRows);
-  }
+  const int64_t unit_rows =
+      kFewRows;  // more would end less evenly, and their sums would not stay in the caches
   claims_.Reset((hidden + unit_rows - 1) / unit_rows);
   pool_.ParallelFor(pool_.threads(), 1, [&](int64_t, int64_t, int worker) {
     kernels::Buffer<float>& sums = sums_[static_cast<size_t>(worker)].gate;
