@@ -1,147 +1,38 @@
-// A block computes 128 weight rows times kTile pairs, 64 inputs at a time, as matmul.cu does; here the
-// columns are gathered through the list of pairs, and the rows of a tile may come from two matrices: rows 32
-// w to 32 w + 15 are gate's and the next 16 up's, so that a warp holds both values of a (row, pair) in the
-// same registers and SiLU(gate) * up needs no memory between.
+// Tiles as many_columns.cuh computes them; here the columns are gathered through the list of pairs, and the
+// rows of a tile may come from two matrices: rows 32 w to 32 w + 15 are gate's and the next 16 up's, so that
+// a warp holds both values of a (row, pair) in the same registers and SiLU(gate) * up needs no memory
+// between.
 #include "services/attention_gpu/backend/cuda/grouped_products.h"
 
-#include "services/attention_gpu/backend/cuda/blocks.cuh"
-#include "services/attention_gpu/backend/cuda/mma.cuh"
+#include "services/attention_gpu/backend/cuda/many_columns.cuh"
 
 namespace tandem::attention::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTileRows = 128;
-constexpr int kDepth = 64;
-constexpr int kPitch = kDepth + 8;        // values; eight rows of a matrix load meet all 32 banks
-constexpr int kWide = 128, kNarrow = 64;  // columns of a tile
 constexpr int kSortThreads = 1024;
 
+// Where the columns of the tile that this thread copies lie in h, in values; `at(j)` for pair j of `count`.
 template <int kTile>
-constexpr int SharedBytes() {
-  return 2 * (kTileRows + kTile) * kPitch * static_cast<int>(sizeof(__half));
-}
-
-struct HalfRow {
-  __device__ __forceinline__ void Put(int i, float a, float b) { values[i / 2] = __floats2half2_rn(a, b); }
-  __half2 values[16];
+struct Gathered {
+  template <typename At>
+  __device__ __forceinline__ Gathered(const uint16_t* h, int first, int count, const At& at)
+      : h(h), left(count - first - static_cast<int>(threadIdx.x >> 3)) {
+#pragma unroll
+    for (int i = 0; i < kTile / 32; ++i) place[i] = Has(i) ? at(count - left + 32 * i) : 0;
+  }
+  __device__ __forceinline__ bool Has(int i) const { return 32 * i < left; }
+  __device__ __forceinline__ const uint16_t* At(int i) const { return h + place[i]; }
+  const uint16_t* h;
+  int left;
+  uint32_t place[kTile / 32];
 };
-
-template <int kTile>
-using Sums = float[2][kTile / 16][4];
-
-// sum = the tile's products over all `cols` inputs. `row` is row thread / 2 of the tile's weights; source[i]
-// the activations of column thread / 8 + 32 i, null for none. Warp w has rows 32 (w % 4) on and columns
-// kTile / 2 * (w / 4) on.
-template <int kTile>
-__device__ __forceinline__ void MultiplyTile(__half* shared, int type, const uint8_t* row, int cols,
-                                             const uint16_t* const (&source)[kTile / 32], Sums<kTile>& sum) {
-  __half* const w_tile = shared;                           // [2][kTileRows][kPitch]
-  __half* const x_tile = shared + 2 * kTileRows * kPitch;  // [2][kTile][kPitch]
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const int steps = (cols + kDepth - 1) / kDepth;
-  const int w_row = thread >> 1, w_half = thread & 1;  // this thread decodes 32 values of a row
-  Raw raw;
-  auto load_weights = [&](int step) {
-    const int chunk = step * 2 + w_half;
-    if (chunk * 32 < cols) LoadRaw(type, row, cols, chunk, raw);
-  };
-  auto store_weights = [&](int step) {
-    const int chunk = step * 2 + w_half;
-    uint4* to = reinterpret_cast<uint4*>(w_tile + ((step & 1) * kTileRows + w_row) * kPitch + w_half * 32);
-    HalfRow out;
-    if (chunk * 32 < cols) {
-      DecodeRaw(type, raw, chunk, out);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) out.values[i] = __half2half2(__ushort_as_half(0));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t* bits = reinterpret_cast<const uint32_t*>(&out.values[4 * i]);
-      to[i] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    }
-  };
-  auto copy_activations = [&](int step) {
-    const int part = thread & 7, k = step * kDepth + part * 8;
-#pragma unroll
-    for (int i = 0; i < kTile / 32; ++i) {
-      const int j = (thread >> 3) + 32 * i;
-      const bool valid = source[i] != nullptr && k < cols;
-      const void* from = valid ? static_cast<const void*>(source[i] + k) : static_cast<const void*>(row);
-      CopyAsync16(SharedAddress(x_tile + ((step & 1) * kTile + j) * kPitch + part * 8), from, valid);
-    }
-    CommitCopies();
-  };
-
-  constexpr int kColumnTiles = kTile / 16;  // of 8 columns, a warp
-  const int warp_row = (warp & 3) * 32, warp_column = (warp >> 2) * (kTile / 2);
-  copy_activations(0);
-  load_weights(0);
-  store_weights(0);
-  for (int step = 0; step < steps; ++step) {
-    WaitCopies<0>();
-    __syncthreads();  // tile `step` is complete, and nobody reads the one before any more
-    const bool more = step + 1 < steps;
-    if (more) {
-      copy_activations(step + 1);
-      load_weights(step + 1);
-    }
-    const __half* w = w_tile + (step & 1) * kTileRows * kPitch;
-    const __half* x = x_tile + (step & 1) * kTile * kPitch;
-#pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        LoadMatrix4(a[m],
-                    SharedAddress(w + (warp_row + m * 16 + (lane & 15)) * kPitch + k + (lane >> 4) * 8));
-      }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        uint32_t b[4];
-        const int column = warp_column + n * 8 + (lane & 7) + (lane >> 4) * 8;
-        LoadMatrix4(b, SharedAddress(x + column * kPitch + k + (lane >> 3 & 1) * 8));
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          MmaF16(sum[m][n], a[m], b[0], b[1]);
-          MmaF16(sum[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
-    if (more) store_weights(step + 1);
-  }
-}
-
-// The columns of the tile that this thread copies: pairs first + j below `count`, through `at`.
-template <int kTile, typename At>
-__device__ __forceinline__ void Sources(const uint16_t* (&source)[kTile / 32], int first, int count, At at) {
-#pragma unroll
-  for (int i = 0; i < kTile / 32; ++i) {
-    const int j = first + (threadIdx.x >> 3) + 32 * i;
-    source[i] = j < count ? at(j) : nullptr;
-  }
-}
-
-// f(column, n, i) for each of this thread's columns: sum[*][n][i] and sum[*][n][2 + i] are its values.
-template <int kTile, typename F>
-__device__ __forceinline__ void EachColumn(int first, int count, F f) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int column = first + (warp >> 2) * (kTile / 2) + 2 * (lane & 3);
-#pragma unroll
-  for (int n = 0; n < kTile / 16; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int j = column + n * 8 + i;
-      if (j < count) f(j, n, i);
-    }
-  }
-}
 
 // Grid: tiles of 64 rows, tiles of pairs, experts.
 template <int kTile>
-__global__ void __launch_bounds__(kThreads) GateUp(const __grid_constant__ GateUpParams p) {
-  extern __shared__ __align__(16) __half shared[];
+__global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
+    GateUp(const __grid_constant__ GateUpParams p) {
+  using T = ProductTile<kTile>;
+  extern __shared__ __align__(128) unsigned char shared[];
   const int expert = blockIdx.z, first = blockIdx.y * kTile;
   const int count = p.count[expert], begin = p.begin[expert];
   if (first >= count) return;
@@ -150,50 +41,58 @@ __global__ void __launch_bounds__(kThreads) GateUp(const __grid_constant__ GateU
   const bool up = (w_row & 16) != 0;  // the same for a whole warp
   const int r = min(first_row + (w_row >> 5) * 16 + (w_row & 15), p.inner - 1);
   const GroupedWeights& w = up ? p.up : p.gate;
-  const uint16_t* source[kTile / 32];
-  Sources<kTile>(source, first, count,
-                 [&](int j) { return p.h + static_cast<int64_t>(p.pair_token[begin + j]) * p.hidden; });
-  float sum[2][kTile / 16][4] = {};
+  const Gathered<kTile> source(p.h, first, count, [&](int j) {
+    return static_cast<uint32_t>(p.pair_token[begin + j]) * static_cast<uint32_t>(p.hidden);
+  });
+  typename T::Sums sum = {};
   MultiplyTile<kTile>(shared, w.type, w.data[expert] + r * w.row_bytes, p.hidden, source, sum);
 
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int row = first_row + (warp & 3) * 16 + (lane >> 2);
+  const int row = first_row + T::WarpRow() / 2 + static_cast<int>(threadIdx.x >> 2 & 7);
   EachColumn<kTile>(first, count, [&](int j, int n, int i) {
     const float scale = __ldg(p.h_scale + p.pair_token[begin + j]);
     float* to = p.middle + static_cast<int64_t>(begin + j) * p.inner;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float gate = sum[0][n][half * 2 + i] * scale, value = sum[1][n][half * 2 + i] * scale;
-      if (row + half * 8 < p.inner) to[row + half * 8] = gate / (1.0f + expf(-gate)) * value;
+    for (int m = 0; m < T::kRowTiles; m += 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = row + m * 8 + half * 8;
+        const float gate = sum[m][n][half * 2 + i] * scale, value = sum[m + 1][n][half * 2 + i] * scale;
+        if (at < p.inner) to[at] = gate / (1.0f + expf(-gate)) * value;
+      }
     }
   });
 }
 
 // Grid: tiles of 128 rows, tiles of pairs.
 template <int kTile>
-__global__ void __launch_bounds__(kThreads) Down(const __grid_constant__ DownParams p) {
-  extern __shared__ __align__(16) __half shared[];
+__global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
+    Down(const __grid_constant__ DownParams p) {
+  using T = ProductTile<kTile>;
+  extern __shared__ __align__(128) unsigned char shared[];
   const int first = blockIdx.y * kTile, first_row = blockIdx.x * kTileRows;
   const int r = min(first_row + static_cast<int>(threadIdx.x >> 1), p.hidden - 1);
-  const uint16_t* source[kTile / 32];
-  Sources<kTile>(source, first, p.count, [&](int j) { return p.h + static_cast<int64_t>(j) * p.inner; });
-  float sum[2][kTile / 16][4] = {};
+  const Gathered<kTile> source(
+      p.h, first, p.count, [&](int j) { return static_cast<uint32_t>(j) * static_cast<uint32_t>(p.inner); });
+  typename T::Sums sum = {};
   MultiplyTile<kTile>(shared, p.type, p.data + r * p.row_bytes, p.inner, source, sum);
 
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int row = first_row + (warp & 3) * 32 + (lane >> 2);
-  EachColumn<kTile>(first, p.count, [&](int j, int n, int i) {
-    const float scale = __ldg(p.h_scale + j) * __ldg(p.pair_weight + j);
-    float* to = p.x + static_cast<int64_t>(p.pair_token[j]) * p.hidden;
+  // All sums are read before any is written, so that the reads need not wait for each other.
+  const int row = first_row + T::WarpRow() + static_cast<int>(threadIdx.x >> 2 & 7);
+  auto each = [&](const auto& f) {
+    EachColumn<kTile>(first, p.count, [&](int j, int n, int i) {
+      float* to = p.x + static_cast<int64_t>(p.pair_token[j]) * p.hidden;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = row + m * 16 + half * 8;
-        if (at < p.hidden) to[at] = fmaf(sum[m][n][half * 2 + i], scale, to[at]);
+        for (int half = 0; half < 2; ++half) {
+          const int at = row + m * 16 + half * 8;
+          if (at < p.hidden) f(j, to[at], sum[m][n][half * 2 + i]);
+        }
       }
-    }
-  });
+    });
+  };
+  each([&](int j, float& x, float& v) { v = fmaf(v, __ldg(p.h_scale + j) * __ldg(p.pair_weight + j), x); });
+  each([&](int, float& x, float& v) { x = v; });
 }
 
 // A block an expert, a stretch of the pairs a warp.
@@ -262,13 +161,13 @@ unsigned Tiles(int64_t n, int64_t tile) { return static_cast<unsigned>((n + tile
 template <int kTile>
 void LaunchTiles(const GateUpParams& p, int32_t most, cudaStream_t stream) {
   const dim3 grid(Tiles(p.inner, kTileRows / 2), Tiles(most, kTile), static_cast<unsigned>(p.experts));
-  GateUp<kTile><<<grid, kThreads, SharedBytes<kTile>(), stream>>>(p);
+  GateUp<kTile><<<grid, kProductThreads, ProductTile<kTile>::kBytes, stream>>>(p);
 }
 
 template <int kTile>
 void LaunchTiles(const DownParams& p, cudaStream_t stream) {
   const dim3 grid(Tiles(p.hidden, kTileRows), Tiles(p.count, kTile));
-  Down<kTile><<<grid, kThreads, SharedBytes<kTile>(), stream>>>(p);
+  Down<kTile><<<grid, kProductThreads, ProductTile<kTile>::kBytes, stream>>>(p);
 }
 
 template <typename Kernel>
@@ -280,9 +179,10 @@ cudaError_t AllowShared(Kernel kernel, int bytes) {
 
 cudaError_t PrepareGroupedProducts() {
   for (const cudaError_t e :
-       {AllowShared(GateUp<kWide>, SharedBytes<kWide>()),
-        AllowShared(GateUp<kNarrow>, SharedBytes<kNarrow>()), AllowShared(Down<kWide>, SharedBytes<kWide>()),
-        AllowShared(Down<kNarrow>, SharedBytes<kNarrow>())}) {
+       {AllowShared(GateUp<256>, ProductTile<256>::kBytes),
+        AllowShared(GateUp<128>, ProductTile<128>::kBytes), AllowShared(GateUp<64>, ProductTile<64>::kBytes),
+        AllowShared(Down<256>, ProductTile<256>::kBytes), AllowShared(Down<128>, ProductTile<128>::kBytes),
+        AllowShared(Down<64>, ProductTile<64>::kBytes)}) {
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
@@ -305,10 +205,20 @@ cudaError_t LaunchGateUp(const GateUpParams& p, cudaStream_t stream) {
   int32_t most = 0;
   for (int32_t e = 0; e < p.experts; ++e) most = p.count[e] > most ? p.count[e] : most;
   if (most == 0) return cudaSuccess;
-  if (most > kNarrow) {
-    LaunchTiles<kWide>(p, most, stream);
+  int tile = p.tile;
+  if (tile == 0) {
+    tile = TileFor(most, [&](int columns) {
+      int64_t blocks = 0;
+      for (int32_t e = 0; e < p.experts; ++e) blocks += Tiles(p.count[e], columns);
+      return blocks * Tiles(p.inner, kTileRows / 2);
+    });
+  }
+  if (tile == 256) {
+    LaunchTiles<256>(p, most, stream);
+  } else if (tile == 128) {
+    LaunchTiles<128>(p, most, stream);
   } else {
-    LaunchTiles<kNarrow>(p, most, stream);
+    LaunchTiles<64>(p, most, stream);
   }
   return cudaGetLastError();
 }
@@ -316,10 +226,17 @@ cudaError_t LaunchGateUp(const GateUpParams& p, cudaStream_t stream) {
 cudaError_t LaunchDown(const DownParams& p, cudaStream_t stream) {
   if (p.hidden <= 0 || !Usable(p.type, p.inner)) return cudaErrorInvalidValue;
   if (p.count <= 0) return cudaSuccess;
-  if (p.count > kNarrow) {
-    LaunchTiles<kWide>(p, stream);
+  int tile = p.tile;
+  if (tile == 0) {
+    tile = TileFor(
+        p.count, [&](int columns) { return int64_t{Tiles(p.hidden, kTileRows)} * Tiles(p.count, columns); });
+  }
+  if (tile == 256) {
+    LaunchTiles<256>(p, stream);
+  } else if (tile == 128) {
+    LaunchTiles<128>(p, stream);
   } else {
-    LaunchTiles<kNarrow>(p, stream);
+    LaunchTiles<64>(p, stream);
   }
   return cudaGetLastError();
 }

@@ -46,6 +46,7 @@ struct GateUpParams {
   int32_t experts = 0;
   int32_t begin[kMostGrouped] = {};  // of each expert's pairs, relative to first_pair
   int32_t count[kMostGrouped] = {};
+  int32_t tile = 0;  // pairs of a block, 64, 128 or 256; 0: as is best. The bits are the same
 };
 cudaError_t LaunchGateUp(const GateUpParams& p, cudaStream_t stream);
 
@@ -62,6 +63,7 @@ struct DownParams {
   int32_t hidden = 0;
   int32_t inner = 0;
   int32_t count = 0;
+  int32_t tile = 0;  // as in GateUpParams
 };
 cudaError_t LaunchDown(const DownParams& p, cudaStream_t stream);
 

@@ -45,8 +45,9 @@ __device__ __forceinline__ uint32_t SwizzledAt(int row, int part) {
   return static_cast<uint32_t>(row * (kDepth * 2) + ((part ^ (row & 7)) << 4));
 }
 
-// sum = the tile's products over all `cols` inputs. `row` is row threadIdx.x / 2 of the tile's weights;
-// source(i) the activations of column threadIdx.x / 8 + 32 i, null for none.
+// sum = the tile's products over all `cols` inputs. `row` is row threadIdx.x / 2 of the tile's weights.
+// source.Has(i) says whether there is a column threadIdx.x / 8 + 32 i, source.At(i) where its activations
+// are; some address that may be read where there is none.
 template <int kTile, typename Source>
 __device__ __forceinline__ void MultiplyTile(unsigned char* shared, int type, const uint8_t* row, int cols,
                                              const Source& source, typename ProductTile<kTile>::Sums& sum) {
@@ -81,12 +82,10 @@ __device__ __forceinline__ void MultiplyTile(unsigned char* shared, int type, co
   auto copy_activations = [&](int step) {
     const int part = thread & 7, column = thread >> 3, k = step * kDepth + part * 8;
     const uint32_t to = x_tile + (step & 1) * kColumnBytes + SwizzledAt(column, part);
+    const bool within = k < cols;
 #pragma unroll
     for (int i = 0; i < kTile / 32; ++i) {
-      const uint16_t* from = source(i);
-      const bool valid = from != nullptr && k < cols;
-      CopyAsync16(to + i * 32 * T::kRowBytes,
-                  valid ? static_cast<const void*>(from + k) : static_cast<const void*>(row), valid);
+      CopyAsync16(to + i * 32 * T::kRowBytes, source.At(i) + (within ? k : 0), within && source.Has(i));
     }
     CommitCopies();
   };

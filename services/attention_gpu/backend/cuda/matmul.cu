@@ -5,6 +5,19 @@
 namespace tandem::attention::cuda {
 namespace {
 
+// The columns from `column` on, every 32nd.
+struct Columns {
+  __device__ __forceinline__ Columns(const ProductParams& p, int64_t batch, int column)
+      : left(p.columns - column),
+        first(p.x.h + (batch * p.x_batch + min(column, p.columns - 1) * p.x_column) * p.w.cols),
+        apart(32 * p.x_column * p.w.cols) {}
+  __device__ __forceinline__ bool Has(int i) const { return 32 * i < left; }
+  __device__ __forceinline__ const uint16_t* At(int i) const { return Has(i) ? first + i * apart : first; }
+  int left;
+  const uint16_t* first;
+  int64_t apart;
+};
+
 template <int kTile>
 __global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
     MatMul(const __grid_constant__ ProductParams p) {
@@ -17,13 +30,9 @@ __global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
   const int cols = static_cast<int>(p.w.cols);
   const uint8_t* row =
       p.w.data + (batch * p.w.rows + min(first_row + (thread >> 1), p.w.rows - 1)) * p.w.row_bytes;
-  const int column = first_column + (thread >> 3);
-  const uint16_t* first = p.x.h + (batch * p.x_batch + column * p.x_column) * cols;
-  const int64_t apart = 32 * p.x_column * cols;
+  const Columns source(p, batch, first_column + (thread >> 3));
   typename T::Sums sum = {};
-  MultiplyTile<kTile>(
-      shared, p.w.type, row, cols,
-      [&](int i) { return column + 32 * i < p.columns ? first + i * apart : nullptr; }, sum);
+  MultiplyTile<kTile>(shared, p.w.type, row, cols, source, sum);
 
   auto scale_of = [&](int j) {
     return p.x.h_scale != nullptr ? __ldg(p.x.h_scale + batch * p.x_batch + j * p.x_column) : 1.0f;

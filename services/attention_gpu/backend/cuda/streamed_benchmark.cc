@@ -113,7 +113,7 @@ double Layers(StreamedExperts& experts, const Batch& batch, int64_t layers, int 
 }
 
 // The products alone, on weights that are on the device already: seconds of one expert.
-double Products(const model::ModelConfig& c, int64_t tokens_each) {
+double Products(const model::ModelConfig& c, int64_t tokens_each, int32_t tile = 0) {
   constexpr int kExperts = 4;
   const int64_t pairs = kExperts * tokens_each, hidden = c.hidden_size, inner = c.moe_intermediate_size;
   const int64_t up_row = DeviceRowBytes(kQ4_K, hidden), down_row = DeviceRowBytes(kQ6_K, inner);
@@ -140,6 +140,7 @@ double Products(const model::ModelConfig& c, int64_t tokens_each) {
   p.hidden = static_cast<int32_t>(hidden);
   p.inner = static_cast<int32_t>(inner);
   p.experts = kExperts;
+  p.tile = tile;
   for (int e = 0; e < kExperts; ++e) {
     p.gate.data[e] = p.up.data[e] = d_up.get();
     p.begin[e] = static_cast<int32_t>(e * tokens_each);
@@ -199,6 +200,7 @@ double Products(const model::ModelConfig& c, int64_t tokens_each) {
         d.hidden = static_cast<int32_t>(hidden);
         d.inner = static_cast<int32_t>(inner);
         d.count = static_cast<int32_t>(tokens_each);
+        d.tile = tile;
         e = LaunchDown(d, nullptr);
       }
       return e;
@@ -213,10 +215,11 @@ double Products(const model::ModelConfig& c, int64_t tokens_each) {
   for (double& v : parts) sum += v /= kRounds;
   const double flops = 6.0 * static_cast<double>(tokens_each * hidden * inner);
   std::printf(
-      "{\"bench\": \"streamed_products\", \"shape\": \"R1\", \"tokens_an_expert\": %lld, "
+      "{\"bench\": \"streamed_products\", \"shape\": \"R1\", \"tokens_an_expert\": %lld, \"tile\": %d, "
       "\"microseconds_an_expert\": %.1f, \"repack\": %.1f, \"gate_up\": %.1f, \"form\": %.1f, "
       "\"down\": %.1f, \"tflops\": %.1f}\n",
-      static_cast<long long>(tokens_each), sum, parts[0], parts[1], parts[2], parts[3], flops / sum / 1e6);
+      static_cast<long long>(tokens_each), tile, sum, parts[0], parts[1], parts[2], parts[3],
+      flops / sum / 1e6);
   std::fflush(stdout);
   return sum * 1e-6;
 }
@@ -240,7 +243,8 @@ int Main(int64_t experts) {
     cli::FillRandomBlocks(type, 0.01, number << 32, 0, blocks);
   };
   Must(PrepareGroupedProducts());
-  for (const int64_t each : {16, 64, 128, 512}) Products(c, each);
+  for (const int64_t each : {16, 64, 128, 512, 2048}) Products(c, each);
+  for (const int32_t tile : {64, 128, 256}) Products(c, 512, tile);
   threading::ThreadPool::Options threads;
   threading::ThreadPool pool(threads);
   const auto shard = Must(expert::GenerateShard(generate, pool));

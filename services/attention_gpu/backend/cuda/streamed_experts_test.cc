@@ -7,7 +7,9 @@
 #include <cmath>
 #include <numeric>
 
+#include "common/quant/quant.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+#include "services/attention_gpu/backend/cuda/grouped_products.h"
 #include "services/expert_cpu/moe/moe.h"
 #include "services/expert_cpu/testing/synthetic_model.h"
 #include "tests/golden/local_experts.h"
@@ -358,6 +360,122 @@ TEST(StreamedExpertsTest, SaysWhatItCannotDo) {
   const absl::Status status = other.Stream(other.Options(10)).status();
   EXPECT_TRUE(absl::IsUnimplemented(status)) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("layer 1: experts of type Q2_K"));
+}
+
+// Tiles of all widths, none of them full, of as many rows as make them worth it.
+TEST(StreamedExpertsTest, ProductsOfManyRows) {
+  TANDEM_NEEDS_GPU();
+  Check(PrepareGroupedProducts());
+  constexpr int kExperts = 4;
+  const int64_t tokens = 320, hidden = 7168, inner = 2048;
+  const std::array<int32_t, kExperts> counts = {150, 0, 201, 97};
+  std::mt19937 rng(7);
+  const auto gate = kernels::testing::QuantizedGaussian(rng, TensorType::kQ4_K, kExperts * inner, hidden);
+  const auto up = kernels::testing::QuantizedGaussian(rng, TensorType::kQ8_0, kExperts * inner, hidden);
+  const auto down = kernels::testing::QuantizedGaussian(rng, TensorType::kQ6_K, kExperts * hidden, inner);
+  const testing::DeviceWeight d_gate(gate.m), d_up(up.m), d_down(down.m);
+  const auto x = kernels::testing::Gaussian(rng, tokens * hidden);
+  std::vector<float> scaled = x;
+  for (float& v : scaled) v *= 0.01f;
+  const testing::DeviceActivations a(scaled, tokens, hidden, hidden);
+  std::vector<int32_t> pair_token;
+  std::vector<float> pair_weight;
+  for (int32_t count : counts) {
+    for (int32_t i = 0; i < count; ++i) {
+      pair_token.push_back(static_cast<int32_t>(i * 320 / count));
+      pair_weight.push_back(0.5f + 0.001f * static_cast<float>(i));
+    }
+  }
+  const size_t pairs = pair_token.size();
+  const DeviceArray<int32_t> d_token(pair_token);
+  const DeviceArray<float> d_weight(pair_weight), middle(pairs * inner);
+  GateUpParams p;
+  p.gate = {d_gate.matrix().type, d_gate.matrix().row_bytes};
+  p.up = {d_up.matrix().type, d_up.matrix().row_bytes};
+  p.h = a.get().h;
+  p.h_scale = a.get().h_scale;
+  p.pair_token = d_token.get();
+  p.middle = middle.get();
+  p.hidden = static_cast<int32_t>(hidden);
+  p.inner = static_cast<int32_t>(inner);
+  p.experts = kExperts;
+  int32_t begin = 0;
+  for (int e = 0; e < kExperts; ++e) {
+    p.gate.data[e] = d_gate.matrix().data + e * inner * d_gate.matrix().row_bytes;
+    p.up.data[e] = d_up.matrix().data + e * inner * d_up.matrix().row_bytes;
+    p.begin[e] = begin;
+    p.count[e] = counts[e];
+    begin += counts[e];
+  }
+  Check(LaunchGateUp(p, nullptr));
+  const auto got = middle.Download();
+  auto row_of = [](const kernels::testing::Weights& w, int64_t row) {
+    std::vector<float> values(w.m.cols);
+    quant::Dequantize(w.m.type, w.m.data + row * w.m.row_bytes, values.data(), w.m.cols);
+    return values;
+  };
+  auto dot = [](const std::vector<float>& w, const float* v, double* size) {
+    double sum = 0;
+    for (size_t i = 0; i < w.size(); ++i) sum += double{w[i]} * v[i], *size += std::fabs(w[i] * v[i]);
+    return sum;
+  };
+  for (int e = 0; e < kExperts; ++e) {
+    for (int64_t r : {int64_t{0}, int64_t{17}, int64_t{700}, inner - 1}) {
+      const auto g = row_of(gate, e * inner + r), u = row_of(up, e * inner + r);
+      for (int32_t i = 0; i < counts[e]; i += 13) {
+        const float* v = scaled.data() + int64_t{pair_token[p.begin[e] + i]} * hidden;
+        double size_g = 0, size_u = 0;
+        const double vg = dot(g, v, &size_g), vu = dot(u, v, &size_u);
+        const double want = vg / (1 + std::exp(-vg)) * vu;
+        ASSERT_NEAR(got[(p.begin[e] + i) * inner + r], want,
+                    2e-3 * (size_g * std::fabs(vu) + size_u * std::fabs(vg)))
+            << "expert " << e << ", pair " << i << ", row " << r;
+      }
+    }
+  }
+
+  const testing::DeviceActivations m(got, static_cast<int64_t>(pairs), inner, inner);
+  DeviceArray<float> sum(std::vector<float>(static_cast<size_t>(tokens * hidden)));
+  std::vector<double> want(static_cast<size_t>(tokens * 3));
+  std::vector<double> sizes(want.size());
+  const int64_t rows[3] = {0, 3333, hidden - 1};
+  for (int e = 0; e < kExperts; ++e) {
+    DownParams d;
+    d.type = d_down.matrix().type;
+    d.row_bytes = d_down.matrix().row_bytes;
+    d.data = d_down.matrix().data + e * hidden * d.row_bytes;
+    d.h = m.get().h + int64_t{p.begin[e]} * inner;
+    d.h_scale = m.get().h_scale + p.begin[e];
+    d.pair_token = d_token.get() + p.begin[e];
+    d.pair_weight = d_weight.get() + p.begin[e];
+    d.x = sum.get();
+    d.hidden = p.hidden;
+    d.inner = p.inner;
+    d.count = counts[e];
+    Check(LaunchDown(d, nullptr));
+    for (int k = 0; k < 3; ++k) {
+      const auto w = row_of(down, e * hidden + rows[k]);
+      for (int32_t i = p.begin[e]; i < p.begin[e] + counts[e]; ++i) {
+        double size = 0;
+        want[pair_token[i] * 3 + k] += pair_weight[i] * dot(w, got.data() + int64_t{i} * inner, &size);
+        sizes[pair_token[i] * 3 + k] += size * pair_weight[i];
+      }
+    }
+  }
+  const auto y = sum.Download();
+  for (const int32_t tile : {64, 128, 256}) {
+    DeviceArray<float> again(pairs * inner);
+    p.tile = tile;
+    p.middle = again.get();
+    Check(LaunchGateUp(p, nullptr));
+    EXPECT_TRUE(testing::SameBits(got.data(), again.Download().data(), got.size())) << tile;
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int k = 0; k < 3; ++k) {
+      ASSERT_NEAR(y[t * hidden + rows[k]], want[t * 3 + k], 2e-3 * sizes[t * 3 + k] + 1e-6)
+          << "token " << t << ", row " << rows[k];
+    }
+  }
 }
 
 }  // namespace
