@@ -8,8 +8,9 @@
 namespace tandem::expert {
 namespace {
 
-// Tokens whose tiles for gate and up are made at once: bounds that buffer, and keeps it in the last cache.
-constexpr int64_t kWaveTiles = 384;
+// Tokens whose tiles for gate and up are made at once: bounds that buffer. Where a wave ends all wait for the
+// slowest, so they should be few.
+constexpr int64_t kWaveTiles = 1024;
 // Tiles that a unit of work takes at once: bounds its sums.
 constexpr int64_t kChunkTiles = 16;
 // From so many tiles of an expert on, tokens are the larger part of what products read, and many rows at a
