@@ -105,7 +105,6 @@ void BulkMatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const uint1
   if (next.w != nullptr && next.row < next.row_end) {
     a.next = next.w->data + next.row * next.w->row_bytes;
     a.next_row_bytes = next.w->row_bytes;
-    a.next_used = gguf::RowBytes(next.w->type, next.w->cols);
     a.next_rows = next.row_end - next.row;
   }
   Tables().matmul(a);

@@ -108,9 +108,6 @@ const KTables* Avx512VnniTables();
 const KTables* AmxTables();
 
 // Products with bf16 tiles, see bulk.h. Weight rows by kTileRows, columns by kUnit.
-constexpr int kBulkBlockRows = 64;  // weights are decoded for so many rows at once
-constexpr int kBulkMostUnits = 4;   // and so many units
-
 struct BulkArgs {
   uint32_t type;  // Q4_K, Q5_K, Q6_K or Q8_0
   const uint8_t* w;
@@ -124,7 +121,6 @@ struct BulkArgs {
 
   const uint8_t* next;  // what the thread will read after this call; nullptr: unknown
   int64_t next_row_bytes;
-  int64_t next_used;  // bytes of a row that will be read
   int64_t next_rows;
 };
 
