@@ -134,7 +134,10 @@ void RunQuant(const Job& job, ActivationForm form) {
   a.ldy = job.ldy;
   a.leaves = job.leaves;
   a.scratch = internal::ThreadScratch();
-  a.ask_twice = internal::DropsRequests();
+  const internal::Reading reading = internal::ReadingOf(a.cols);
+  a.requests = reading.requests;
+  a.by_rows = reading.by_rows;
+  a.run_ahead = reading.run_ahead;
   if (job.sum != nullptr) {
     a.sum = job.sum->sum + job.row_begin;
     a.sum_ids = job.sum->ids;
@@ -206,15 +209,6 @@ void MatMulLeaves(const Matrix& w, int64_t row_begin, int64_t row_end, const Act
   Run({&w, row_begin, row_end, &x.impl(), token_ids.data(), static_cast<int64_t>(token_ids.size()), y, 0,
        true},
       precision);
-}
-
-void Ask(const Upcoming& next) {
-  const int64_t rows = std::min<int64_t>(next.row_end - next.row, PassRows(next.tokens));
-  const uint8_t* row = next.w->data + next.row * next.w->row_bytes;
-  const int64_t used = gguf::RowBytes(next.w->type, next.w->cols);
-  for (int64_t r = 0; r < rows; ++r, row += next.w->row_bytes) {
-    for (int64_t i = 0; i < used; i += 64) __builtin_prefetch(row + i, 0, 2);
-  }
 }
 
 void MatMulLeafSum(const Matrix& w, int64_t row_begin, int64_t row_end, const Activations& x,

@@ -27,6 +27,14 @@ constexpr int kUnit = 256;        // columns handled together: a K block, or up 
 constexpr int kSubBlocks = 8;     // blocks of 32 in a unit
 constexpr int kTokenChunk = 512;  // tokens handled by one pass over the weights
 
+// How a product with few tokens asks memory for the weights ahead of their use, see ahead.inc.
+enum Requests : int {
+  kNoRequests,
+  kRequests,        // into the first cache
+  kTwoRequests,     // each line again, since the first request may have been dropped
+  kSecondRequests,  // into the second cache
+};
+
 // A product with quantized weights. Activations lie unit by unit, so that the slice of all tokens that one
 // decoded panel of weights meets is contiguous.
 struct QuantArgs {
@@ -65,7 +73,9 @@ struct QuantArgs {
   int64_t next_rows;  // at most
   int64_t next_n;     // tokens
   bool asked;         // the first rows of this call have been asked for in that way
-  bool ask_twice;     // the processor drops requests
+  Requests requests;  // ahead of panels
+  bool by_rows;       // row by row, where there is such a way for the type and the tokens
+  int64_t run_ahead;  // then so many bytes are asked for ahead
 };
 
 constexpr int64_t kScratchBytes = 512 << 10;

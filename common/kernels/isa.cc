@@ -125,7 +125,10 @@ std::vector<Isa> AvailableIsas() {
 
 namespace internal {
 
-bool DropsRequests() {
+namespace {
+const Reading* reading_for_testing = nullptr;
+
+bool IsAmd() {
 #if defined(__x86_64__)
   static const bool amd = [] {
     uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -137,6 +140,17 @@ bool DropsRequests() {
   return false;
 #endif
 }
+}  // namespace
+
+Reading ReadingOf(int64_t cols) {
+  if (reading_for_testing != nullptr) return *reading_for_testing;
+  if (IsAmd()) return {kTwoRequests, true, 12288};
+  // So many columns make a row that the processor's own prefetchers follow, all 16 of a panel at once.
+  constexpr int64_t kLong = 4096;
+  return {cols >= kLong ? kNoRequests : kSecondRequests, cols < kLong, 6144};
+}
+
+void SetReadingForTesting(const Reading* reading) { reading_for_testing = reading; }
 
 bool HasBf16Tiles() {
 #if defined(__x86_64__)

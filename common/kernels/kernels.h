@@ -93,8 +93,6 @@ struct Flow {
   Upcoming next;
   bool asked = false;  // this call is what the thread's last one had as `next`
 };
-// Asks for those first bytes now, for a thread that has nothing else to do.
-void Ask(const Upcoming& next);
 
 // y[t * ldy + r] = sum_c W[r, c] x[t, c] for rows r in [row_begin, row_end) and all tokens t.
 // x must be prepared for w.type. Thread-safe for disjoint rows: the caller shares them out, best in multiples

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <string>
 
+#include "common/kernels/dispatch.h"
 #include "common/kernels/test_util.h"
 
 namespace tandem::kernels {
@@ -217,7 +218,6 @@ TEST_P(EveryType, LeafSumsAddWeightedLeavesOnTheGrid) {
           }
         }
         const Flow flow = {{&other.m, 2, 40, n}, n % 2 == 1};
-        Ask(flow.next);
         MatMulLeafSum(w.m, begin, end, a, ids, {weights.data(), to.data(), got.data(), ld, grid}, precision,
                       flow);
         EXPECT_EQ(want, got) << IsaName(isa) << " tokens " << n;
@@ -245,6 +245,51 @@ TEST_P(EveryType, GatheredActivationsGiveTheSameProducts) {
     MatMulGather(w.m, 0, rows, a, ids, want.data(), rows, Precision::kFast);
     MatMulGather(w.m, 0, rows, gathered, counting, got.data(), rows, Precision::kFast);
     EXPECT_EQ(Bits(want), Bits(got)) << IsaName(isa);
+  }
+}
+
+// Rows long enough for every count of units that the kernels take together, gaps between the rows, and with
+// what comes next told; read in every way that some processor wants.
+TEST_P(EveryType, FewTokensWithLongRowsEqualTheTwin) {
+  if (IsFloat(type())) GTEST_SKIP() << "float weights have one way for all lengths";
+  std::mt19937 rng(112);
+  for (int round = 0; round < 60; ++round) {
+    const int64_t n = 1 + round % 4, rows = 1 + static_cast<int64_t>(rng() % 50);
+    const int64_t units = round == 0 ? 97 : 1 + static_cast<int64_t>(rng() % 40);
+    const int64_t whole = units * 256 + (round % 3 == 0 ? 512 : 0);  // a slice of wider rows
+    Weights w = RandomBlocks(rng, type(), rows, whole);
+    Matrix slice = w.m;
+    slice.cols = units * 256;
+    if (slice.cols < whole) slice.data += gguf::RowBytes(type(), 256);
+    const std::vector<float> x = Gaussian(rng, (n + 1) * slice.cols);
+    std::vector<int32_t> ids(static_cast<size_t>(n));
+    for (int32_t& id : ids) id = static_cast<int32_t>(rng() % static_cast<uint32_t>(n + 1));
+    const Flow flow = {{&slice, 0, rows, 1 + round % 5}, round % 2 == 0};
+    const auto products = [&](Isa isa) {
+      const ScopedIsa scoped(isa);
+      Activations a;
+      a.Assign(x.data(), n + 1, slice.cols);
+      a.Prepare(type(), Precision::kFast);
+      std::vector<float> y(static_cast<size_t>(n * rows), NAN);
+      MatMulGather(slice, 0, rows, a, ids, y.data(), rows, Precision::kFast, flow);
+      std::vector<float> leaves(static_cast<size_t>(n * rows * units), NAN);
+      MatMulLeaves(slice, 0, rows, a, ids, leaves.data(), Precision::kFast);
+      y.insert(y.end(), leaves.begin(), leaves.end());
+      return Bits(y);
+    };
+    const std::vector<uint32_t> want = products(Isa::kScalar);
+    for (Isa isa : AvailableIsas()) {
+      if (isa == Isa::kScalar) continue;
+      using internal::Reading;
+      for (const Reading& reading :
+           {Reading{internal::kRequests, true, 4096}, Reading{internal::kNoRequests, false, 0},
+            Reading{internal::kTwoRequests, true, 1 << 20}, Reading{internal::kSecondRequests, false, 0}}) {
+        internal::SetReadingForTesting(&reading);
+        EXPECT_EQ(want, products(isa)) << IsaName(isa) << " rows " << rows << " units " << units << " tokens "
+                                       << n << " by rows " << reading.by_rows;
+      }
+      internal::SetReadingForTesting(nullptr);
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -24,6 +25,20 @@ namespace {
 int64_t UnitRows(int64_t rows, int64_t most_tokens, int64_t least) {
   return std::min(rows, std::max(least, kernels::PassRows(most_tokens)));
 }
+// Ranges of `each` rows that cover `rows`.
+class RowUnits {
+ public:
+  RowUnits(int64_t rows, int64_t each) : rows_(rows), each_(each) {}
+  int64_t count() const { return (rows_ + each_ - 1) / each_; }
+  int64_t begin(int64_t unit) const { return unit * each_; }
+  int64_t end(int64_t unit) const { return std::min(rows_, begin(unit) + each_); }
+
+ private:
+  int64_t rows_;
+  int64_t each_;
+};
+// An expert's h is there.
+constexpr int64_t kComplete = -1;
 // From so many tokens on, what is done for each token is shared out too.
 constexpr int64_t kManyTokens = 8;
 // From so many tokens of an expert on, tiles want them to lie together.
@@ -78,6 +93,7 @@ struct Moe::Impl {
         options(o),
         gather(o.precision == kernels::Precision::kFast && kernels::ActiveIsa() == kernels::Isa::kAmx),
         claims(p.threads()),
+        down_claims(p.threads()),
         bulk_experts(p, claims) {}
 
   const Shard& shard;
@@ -94,11 +110,12 @@ struct Moe::Impl {
   std::vector<int32_t> counting;  // 0, 1, 2, ...
   std::vector<float> gate;        // [pairs of the wave, rows of the slice]; then SiLU(gate) * up
   std::vector<float> up;
-  std::vector<kernels::Activations> gathered;  // by group of the wave, where it has many tokens
-  std::vector<kernels::Activations> h;         // by group of the wave
-  std::vector<std::atomic<int64_t>> units_left;
-  std::vector<double> sum;  // [n_tokens, hidden]
+  std::vector<kernels::Activations> gathered;    // by group of the wave, where it has many tokens
+  std::vector<kernels::Activations> h;           // by group of the wave
+  std::vector<std::atomic<int64_t>> units_left;  // of gate and up, by group of the wave; at last kComplete
+  std::vector<double> sum;                       // [n_tokens, hidden]
   threading::Claims claims;
+  threading::Claims down_claims;
   BulkExperts bulk_experts;
 
   absl::Status Validate(const Call& call, const ShardLayer* layer, uint64_t answer_bytes) const;
@@ -109,12 +126,11 @@ struct Moe::Impl {
   void ForwardExactly(const Call& call, const ShardLayer& layer);
   void ReadActivations(const Call& call, const ShardLayer& layer);
   void Gather(const Wave& wave);
-  void GateUp(const ShardLayer& layer, const Wave& wave);
-  void Down(const ShardLayer& layer, const Wave& wave);
+  void Products(const ShardLayer& layer, const Wave& wave);
+  void GateUp(const ShardLayer& layer, const Wave& wave, const RowUnits& units, const RowUnits& down_units,
+              int worker);
+  void Down(const ShardLayer& layer, const Wave& wave, const RowUnits& units, int worker);
   void WriteAnswer(const Call& call, std::span<uint8_t> answer);
-  int64_t DownRows(const Wave& wave) const {
-    return UnitRows(shard.plan().hidden_size, grouping.groups()[wave.begin].pairs, 16);
-  }
   std::span<const int32_t> FirstNumbers(int64_t n) const { return {counting.data(), static_cast<size_t>(n)}; }
 };
 
@@ -171,8 +187,7 @@ void Moe::Impl::ForwardExactly(const Call& call, const ShardLayer& layer) {
   }
   for (const Wave& wave : MakeWaves(grouping.groups())) {
     Gather(wave);
-    GateUp(layer, wave);
-    Down(layer, wave);
+    Products(layer, wave);
   }
 }
 
@@ -216,89 +231,97 @@ void Moe::Impl::Gather(const Wave& wave) {
   });
 }
 
-// Units: (expert, range of rows). The unit that completes an expert quantizes its result for the next step.
-void Moe::Impl::GateUp(const ShardLayer& layer, const Wave& wave) {
-  const int64_t rows = shard.plan().rows();
+// Down begins without a step between: a worker that finds no unit of gate and up left goes on to those of
+// down, and waits there only for an expert that is not complete yet.
+void Moe::Impl::Products(const ShardLayer& layer, const Wave& wave) {
   const auto groups = static_cast<int64_t>(wave.end - wave.begin);
-  const int64_t unit_rows = UnitRows(rows, grouping.groups()[wave.begin].pairs, 32);
-  const int64_t units_each = (rows + unit_rows - 1) / unit_rows;
+  const int64_t rows = shard.plan().rows(), most = grouping.groups()[wave.begin].pairs;
+  const RowUnits up_units(rows, UnitRows(rows, most, 32));
+  const RowUnits down_units(shard.plan().hidden_size, UnitRows(shard.plan().hidden_size, most, 16));
   Grow(gate, wave.pairs * rows);
   Grow(up, wave.pairs * rows);
   if (static_cast<int64_t>(h.size()) < groups) h.resize(static_cast<size_t>(groups));
   if (static_cast<int64_t>(units_left.size()) < groups) {
     units_left = std::vector<std::atomic<int64_t>>(static_cast<size_t>(groups));
   }
-  for (int64_t g = 0; g < groups; ++g) units_left[static_cast<size_t>(g)].store(units_each);
-  const kernels::Matrix first_down = layer.down.Expert(grouping.groups()[wave.begin].expert);
-  const int64_t down_rows = DownRows(wave);
-
-  claims.Reset(groups * units_each);
+  for (int64_t g = 0; g < groups; ++g) units_left[static_cast<size_t>(g)].store(up_units.count());
+  claims.Reset(groups * up_units.count());
+  down_claims.Reset(down_units.count());
   pool.ParallelFor(pool.threads(), 1, [&](int64_t, int64_t, int worker) {
-    claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
-      const auto g = static_cast<size_t>(unit / units_each);
-      const int64_t row_begin = unit % units_each * unit_rows;
-      const int64_t row_end = std::min(rows, row_begin + unit_rows);
-      const ExpertGroup& group = grouping.groups()[wave.begin + g];
-      const bool together = gather && group.pairs >= kGatheredPairs;
-      const kernels::Activations& in = together ? gathered[g] : x_activations;
-      const std::span<const int32_t> tokens =
-          together ? FirstNumbers(group.pairs)
-                   : std::span(grouping.tokens().data() + group.first_pair, static_cast<size_t>(group.pairs));
-      float* group_gate = gate.data() + (group.first_pair - wave.first_pair) * rows;
-      float* group_up = up.data() + (group.first_pair - wave.first_pair) * rows;
-      const kernels::Matrix gate_matrix = layer.gate.Expert(group.expert);
-      const kernels::Matrix up_matrix = layer.up.Expert(group.expert);
-      kernels::MatMulGather(gate_matrix, row_begin, row_end, in, tokens, group_gate, rows, options.precision,
-                            {{&up_matrix, row_begin, row_end, group.pairs}, asked});
-      kernels::Matrix next_matrix;
-      kernels::Flow flow{{}, true};
-      if (next_unit >= 0) {
-        const ExpertGroup& next = grouping.groups()[wave.begin + static_cast<size_t>(next_unit / units_each)];
-        next_matrix = layer.gate.Expert(next.expert);
-        flow.next = {&next_matrix, next_unit % units_each * unit_rows, rows, next.pairs};
-      }
-      kernels::MatMulGather(up_matrix, row_begin, row_end, in, tokens, group_up, rows, options.precision,
-                            flow);
-      for (int64_t i = 0; i < group.pairs; ++i) {
-        float* y = group_gate + i * rows + row_begin;
-        kernels::SiluMul(y, group_up + i * rows + row_begin, y, row_end - row_begin);
-      }
-      if (units_left[g].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        h[g].Assign(group_gate, group.pairs, rows);
-        h[g].Prepare(layer.down.type, options.precision);
-      }
-    });
-    // While others finish: what this worker will read first in the next step.
-    kernels::Ask({&first_down, worker * down_rows, first_down.rows, grouping.groups()[wave.begin].pairs});
+    GateUp(layer, wave, up_units, down_units, worker);
+    Down(layer, wave, down_units, worker);
+  });
+}
+
+// Units: (expert, range of rows). The unit that completes an expert quantizes its result for the next step.
+void Moe::Impl::GateUp(const ShardLayer& layer, const Wave& wave, const RowUnits& units,
+                       const RowUnits& down_units, int worker) {
+  const int64_t rows = shard.plan().rows(), units_each = units.count();
+  claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
+    const auto g = static_cast<size_t>(unit / units_each);
+    const int64_t row_begin = units.begin(unit % units_each), row_end = units.end(unit % units_each);
+    const ExpertGroup& group = grouping.groups()[wave.begin + g];
+    const bool together = gather && group.pairs >= kGatheredPairs;
+    const kernels::Activations& in = together ? gathered[g] : x_activations;
+    const std::span<const int32_t> tokens =
+        together ? FirstNumbers(group.pairs)
+                 : std::span(grouping.tokens().data() + group.first_pair, static_cast<size_t>(group.pairs));
+    float* group_gate = gate.data() + (group.first_pair - wave.first_pair) * rows;
+    float* group_up = up.data() + (group.first_pair - wave.first_pair) * rows;
+    const kernels::Matrix gate_matrix = layer.gate.Expert(group.expert);
+    const kernels::Matrix up_matrix = layer.up.Expert(group.expert);
+    kernels::MatMulGather(gate_matrix, row_begin, row_end, in, tokens, group_gate, rows, options.precision,
+                          {{&up_matrix, row_begin, row_end, group.pairs}, asked});
+    kernels::Matrix next_matrix;
+    kernels::Flow flow{{}, true};
+    if (next_unit >= 0) {
+      const ExpertGroup& next = grouping.groups()[wave.begin + static_cast<size_t>(next_unit / units_each)];
+      next_matrix = layer.gate.Expert(next.expert);
+      flow.next = {&next_matrix, units.begin(next_unit % units_each), rows, next.pairs};
+    } else if (worker < down_units.count()) {
+      const ExpertGroup& first = grouping.groups()[wave.begin];
+      next_matrix = layer.down.Expert(first.expert);
+      flow.next = {&next_matrix, down_units.begin(worker), down_units.end(worker), first.pairs};
+    }
+    kernels::MatMulGather(up_matrix, row_begin, row_end, in, tokens, group_up, rows, options.precision, flow);
+    for (int64_t i = 0; i < group.pairs; ++i) {
+      float* y = group_gate + i * rows + row_begin;
+      kernels::SiluMul(y, group_up + i * rows + row_begin, y, row_end - row_begin);
+    }
+    if (units_left[g].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      h[g].Assign(group_gate, group.pairs, rows);
+      h[g].Prepare(layer.down.type, options.precision);
+      units_left[g].store(kComplete, std::memory_order_release);
+    }
   });
 }
 
 // Units: ranges of rows over all experts, so that no two workers add to the same sums.
-void Moe::Impl::Down(const ShardLayer& layer, const Wave& wave) {
+void Moe::Impl::Down(const ShardLayer& layer, const Wave& wave, const RowUnits& units, int worker) {
   const int64_t hidden = shard.plan().hidden_size;
-  const int64_t unit_rows = DownRows(wave);
-  claims.Reset((hidden + unit_rows - 1) / unit_rows);
-  pool.ParallelFor(pool.threads(), 1, [&](int64_t, int64_t, int worker) {
-    claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
-      const int64_t row_begin = unit * unit_rows, row_end = std::min(hidden, row_begin + unit_rows);
-      asked |= unit == worker;
-      for (size_t g = wave.begin; g < wave.end; ++g) {
-        const ExpertGroup& group = grouping.groups()[g];
-        const bool last = g + 1 == wave.end;
-        const ExpertGroup& next = grouping.groups()[last ? wave.begin : g + 1];
-        const kernels::Matrix down = layer.down.Expert(group.expert);
-        const kernels::Matrix next_down = layer.down.Expert(next.expert);
-        kernels::Flow flow{{}, asked};
-        if (!last) flow.next = {&next_down, row_begin, row_end, next.pairs};
-        if (last && next_unit >= 0) flow.next = {&next_down, next_unit * unit_rows, hidden, next.pairs};
-        kernels::MatMulLeafSum(
-            down, row_begin, row_end, h[g - wave.begin], FirstNumbers(group.pairs),
-            {grouping.weights().data() + group.first_pair, grouping.tokens().data() + group.first_pair,
-             sum.data(), hidden, model::kGridShift},
-            options.precision, flow);
-        asked = true;
+  down_claims.Run(worker, [&](int64_t unit, bool asked, int64_t next_unit) {
+    const int64_t row_begin = units.begin(unit), row_end = units.end(unit);
+    asked |= unit == worker;
+    for (size_t g = wave.begin; g < wave.end; ++g) {
+      const ExpertGroup& group = grouping.groups()[g];
+      const bool last = g + 1 == wave.end;
+      const ExpertGroup& next = grouping.groups()[last ? wave.begin : g + 1];
+      const kernels::Matrix down = layer.down.Expert(group.expert);
+      const kernels::Matrix next_down = layer.down.Expert(next.expert);
+      kernels::Flow flow{{}, asked};
+      if (!last) flow.next = {&next_down, row_begin, row_end, next.pairs};
+      if (last && next_unit >= 0) flow.next = {&next_down, units.begin(next_unit), hidden, next.pairs};
+      // Those who work on it have begun, so this takes less than a unit's time.
+      while (units_left[g - wave.begin].load(std::memory_order_acquire) != kComplete) {
+        std::this_thread::yield();
       }
-    });
+      kernels::MatMulLeafSum(
+          down, row_begin, row_end, h[g - wave.begin], FirstNumbers(group.pairs),
+          {grouping.weights().data() + group.first_pair, grouping.tokens().data() + group.first_pair,
+           sum.data(), hidden, model::kGridShift},
+          options.precision, flow);
+      asked = true;
+    }
   });
 }
 
