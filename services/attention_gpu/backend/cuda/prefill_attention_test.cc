@@ -353,7 +353,10 @@ TEST(PrefillLayout, IsChosenForManyRows) {
   const model::ModelConfig c = ConfigOf(128, true);
   EXPECT_FALSE(WorthExpanding(c, 64, 0));
   EXPECT_FALSE(WorthExpanding(c, 100, 100000));
-  EXPECT_TRUE(WorthExpanding(c, 512, 4096));
+  EXPECT_FALSE(WorthExpanding(c, 150, 16384));
+  EXPECT_TRUE(WorthExpanding(c, 256, 16384));
+  EXPECT_FALSE(WorthExpanding(c, 256, 0));
+  EXPECT_TRUE(WorthExpanding(c, 512, 0));
   EXPECT_TRUE(WorthExpanding(c, 4096, 0));
   model::ModelConfig other = c;
   other.qk_nope_head_dim = 192;  // no kernel
