@@ -134,7 +134,7 @@ void RunQuant(const Job& job, ActivationForm form) {
   a.ldy = job.ldy;
   a.leaves = job.leaves;
   a.scratch = internal::ThreadScratch();
-  const internal::Reading reading = internal::ReadingOf(a.cols);
+  const internal::Reading reading = internal::ReadingOf(a.cols, a.n);
   a.requests = reading.requests;
   a.by_rows = reading.by_rows;
   a.run_ahead = reading.run_ahead;

@@ -11,13 +11,13 @@ const KTables& ActiveTables();
 // Takes the place of the active ISA's table until called with nullptr. Not thread-safe.
 void SetTablesForTesting(const KTables* tables);
 
-// How products with few tokens read weights of `cols` columns, which is best depends on the processor.
+// How products of `tokens`, a few, read weights of `cols` columns, which is best depends on the processor.
 struct Reading {
   Requests requests = kRequests;
   bool by_rows = true;
   int64_t run_ahead = 6144;
 };
-Reading ReadingOf(int64_t cols);
+Reading ReadingOf(int64_t cols, int64_t tokens);
 void SetReadingForTesting(const Reading* reading);  // nullptr: as the processor wants it. Not thread-safe
 
 // Whether the processor has AMX-BF16 and AVX512-BF16, and this build the unit that uses them; beside

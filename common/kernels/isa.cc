@@ -142,12 +142,13 @@ bool IsAmd() {
 }
 }  // namespace
 
-Reading ReadingOf(int64_t cols) {
+Reading ReadingOf(int64_t cols, int64_t tokens) {
   if (reading_for_testing != nullptr) return *reading_for_testing;
   if (IsAmd()) return {kTwoRequests, true, 12288};
-  // So many columns make a row that the processor's own prefetchers follow, all 16 of a panel at once.
-  constexpr int64_t kLong = 4096;
-  return {cols >= kLong ? kNoRequests : kSecondRequests, cols < kLong, 6144};
+  // So many columns make rows that the processor's own prefetchers follow, all 16 of a panel at once, unless
+  // products with many tokens keep it from them.
+  const bool follows = cols >= 4096;
+  return {follows && tokens <= 3 ? kNoRequests : kSecondRequests, !follows, 6144};
 }
 
 void SetReadingForTesting(const Reading* reading) { reading_for_testing = reading; }
