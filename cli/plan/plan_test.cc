@@ -25,6 +25,8 @@ ModelBytes SmallModel() {
   c.num_attention_heads = 10;
   c.kv_lora_rank = 400;
   c.qk_rope_head_dim = 100;
+  c.qk_nope_head_dim = 128;
+  c.v_head_dim = 128;
   c.n_routed_experts = 10;
   c.num_experts_per_tok = 2;
   m.every_step = 1'000'000'000;
@@ -120,6 +122,14 @@ TEST(Predict, Prefill) {
   MachineFigures measured = SmallMachine();
   measured.cpu_prefill = 10;
   EXPECT_GT(PredictPrefill(SmallModel(), measured, {}, 100).on_cpu, 10);
+}
+
+// Keys of 128 + 100 values and values of 128 for a pair, made from latents of 400 for each position.
+TEST(Predict, LongPromptsAttendToKeysAndValuesMadeOnce) {
+  const PrefillPoint p = PredictPrefill(SmallModel(), SmallMachine(), {.stream_chunk = 8000}, 8000);
+  const double attention =
+      2.0 * 10 * 3 * (8000 * 4000.5 * (128 + 100 + 128) + 2 * 8000.0 * 400 * (128 + 128)) / 5e12;
+  EXPECT_NEAR(p.streamed, 2 * 8000 * 2.012e9 / 5e12 + attention, 1e-6);
 }
 
 TEST(Predict, BreakEvenIsWhereTheTwoMeet) {

@@ -20,6 +20,19 @@ double AttentionFlops(const model::ModelConfig& c, double positions) {
          static_cast<double>(c.num_hidden_layers);
 }
 
+// Those of `rows` rows of a prompt behind `before` positions on a GPU: over latents, or over keys and values
+// of the heads that are made from the latents of all positions first, once for each 4096 rows (docs/cuda.md).
+double PromptAttentionFlops(const model::ModelConfig& c, double before, double rows) {
+  constexpr double kRowsTogether = 4096;
+  const double mean = before + (rows + 1) / 2;
+  const auto heads = static_cast<double>(c.num_attention_heads);
+  const auto pair = static_cast<double>(c.qk_head_dim() + c.v_head_dim);
+  const auto made = static_cast<double>(c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim));
+  const double expanded = 2 * heads * static_cast<double>(c.num_hidden_layers) *
+                          (rows * mean * pair + (before + rows) * made * std::ceil(rows / kRowsTogether));
+  return std::min(rows * AttentionFlops(c, mean), expanded);
+}
+
 // Seconds of the dense part for one step of `tokens`: its weights once, or its arithmetic if that takes
 // longer.
 double DenseSeconds(const MachineFigures& m, double bytes, double values, double tokens) {
@@ -120,11 +133,13 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
   PrefillPoint p;
   p.tokens = tokens;
 
-  double read = 0, dense = 0, round_trips = 0;
+  double read = 0, dense = 0, round_trips = 0, attention_flops = 0;
   for (int64_t at = 0; at < tokens; at += options.chunk) {
     const auto now = static_cast<double>(std::min(options.chunk, tokens - at));
     read += ExpertReadSeconds(model, m, now);
     dense += DenseSeconds(m, dense_bytes, values, now);
+    attention_flops += m.gpu ? PromptAttentionFlops(c, static_cast<double>(at), now)
+                             : now * AttentionFlops(c, static_cast<double>(at) + (now + 1) / 2);
     if (m.gpu) round_trips += static_cast<double>(c.num_moe_layers()) * m.round_trip_us * 1e-6;
   }
   double multiply = n * model.RoutedMacs() / (m.cpu_tmacs * kTera);
@@ -132,7 +147,6 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
     read = 0;
     multiply = n / m.cpu_prefill;
   }
-  const double attention_flops = n * AttentionFlops(c, (n + 1) / 2);
   const double attention =
       m.gpu ? attention_flops / GpuFlops(m) : attention_flops / 2 / (m.cpu_tmacs * kTera);
   const Bound arithmetic = m.gpu ? Bound::kGpuArithmetic : Bound::kCpuArithmetic;
@@ -147,8 +161,7 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
     const double copy = DistinctExperts(c, now) * static_cast<double>(c.num_moe_layers()) *
                         model.ExpertBytes() / (m.pcie_gbps * kGiga);
     const double done = static_cast<double>(at);
-    const double flops =
-        2 * now * (values + model.RoutedMacs()) + now * AttentionFlops(c, done + (now + 1) / 2);
+    const double flops = 2 * now * (values + model.RoutedMacs()) + PromptAttentionFlops(c, done, now);
     const double compute = std::max(flops / GpuFlops(m), dense_bytes / VramRate(m));
     p.streamed += std::max(copy, compute);
     copies += copy;
