@@ -2,17 +2,15 @@
 // answers count, and how far the answers of generated tokens move.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <iostream>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/experts/deferral.h"
+#include "tests/golden/golden_prompts.h"
 #include "tests/golden/local_experts.h"
 #include "tests/golden/spied_experts.h"
 
@@ -22,31 +20,12 @@ namespace {
 using attention::Backend;
 using attention::StepBatch;
 using attention::StepResult;
-using attention::StepSequence;
 using testing::Each;
 using testing::Ge;
 
 constexpr int32_t kPageTokens = 32, kPages = 128;
 constexpr int32_t kTopK = 4;  // of the bundled model
 constexpr size_t kMoeLayers = 5;
-const attention::SamplingParams kGreedy;
-const std::unordered_map<int32_t, int32_t> kNoCounts;
-
-std::string SourceDir() { return std::getenv("TANDEM_SOURCE_DIR"); }
-
-struct Prompt {
-  std::string name;
-  std::vector<int32_t> tokens, greedy;
-};
-
-std::vector<Prompt> Prompts() {
-  std::ifstream in(SourceDir() + "/tests/golden/demo/golden.json");
-  const auto json = nlohmann::json::parse(in);
-  std::vector<Prompt> out;
-  for (const auto& p : json["prompts"]) out.push_back({p["name"], p["tokens"], p["greedy"]});
-  return out;
-}
-
 class Model {
  public:
   explicit Model(int32_t defer_experts) {
@@ -66,18 +45,9 @@ class Model {
 
   // Tokens at `position` of a sequence whose prompt has `prompt` tokens.
   StepResult Run(const std::vector<int32_t>& tokens, int32_t position, int32_t prompt) {
-    StepBatch batch;
-    batch.tokens = tokens;
+    StepBatch batch = OneSequence(tokens, position, pages_);
     batch.want_logits = true;
-    StepSequence s;
-    s.count = static_cast<int32_t>(tokens.size());
-    s.position = position;
-    s.pages = pages_;
-    s.generated_from = prompt;
-    s.sample = true;
-    s.params = &kGreedy;
-    s.counts = &kNoCounts;
-    batch.sequences.push_back(s);
+    batch.sequences[0].generated_from = prompt;
     StepResult r;
     spy_.calls.clear();
     const absl::Status status = backend_->Step(batch, &r);

@@ -15,6 +15,7 @@
 
 #include "common/kernels/kernels.h"
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "tests/golden/golden_prompts.h"
 #include "tests/golden/local_experts.h"
 
 namespace tandem::golden {
@@ -28,11 +29,6 @@ using kernels::Precision;
 
 constexpr int32_t kPageTokens = 32;
 constexpr int32_t kContext = 4096;
-const attention::SamplingParams kGreedy;
-const std::unordered_map<int32_t, int32_t> kNoCounts;
-
-std::string SourceDir() { return std::getenv("TANDEM_SOURCE_DIR"); }
-
 std::string SharedModel(const std::string& name) {
   const char* shared = std::getenv("TANDEM_SHARED");
   return (shared != nullptr ? std::string(shared) : SourceDir() + "/../shared") + "/demo_model/" + name;
@@ -46,11 +42,6 @@ std::vector<T> ReadArray(const std::string& name) {
   std::memcpy(out.data(), bytes.data(), out.size() * sizeof(T));
   return out;
 }
-
-struct Prompt {
-  std::string name;
-  std::vector<int32_t> tokens, greedy;
-};
 
 struct Golden {
   int64_t vocab = 0, top = 0, k = 0, moe_layers = 0;
@@ -66,7 +57,7 @@ const Golden& GoldenData() {
     g.top = j["top"];
     g.k = j["experts_per_token"];
     g.moe_layers = j["moe_layers"];
-    for (const auto& p : j["prompts"]) g.prompts.push_back({p["name"], p["tokens"], p["greedy"]});
+    g.prompts = Prompts();
     return g;
   }();
   return golden;
@@ -105,17 +96,8 @@ class Model {
 
   // Runs tokens at `position`; the last of them gets its successor sampled.
   StepResult Run(const std::vector<int32_t>& tokens, int32_t position, bool want_logits) {
-    StepBatch batch;
-    batch.tokens = tokens;
+    StepBatch batch = OneSequence(tokens, position, pages_);
     batch.want_logits = want_logits;
-    StepSequence s;
-    s.count = static_cast<int32_t>(tokens.size());
-    s.position = position;
-    s.pages = pages_;
-    s.sample = true;
-    s.params = &kGreedy;
-    s.counts = &kNoCounts;
-    batch.sequences.push_back(s);
     StepResult r;
     const absl::Status status = backend_->Step(batch, &r);
     EXPECT_TRUE(status.ok()) << status;

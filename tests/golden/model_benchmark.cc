@@ -9,6 +9,7 @@
 #include <benchmark/benchmark.h>
 
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
+#include "tests/golden/golden_prompts.h"
 #include "tests/golden/local_experts.h"
 
 namespace tandem::golden {
@@ -26,16 +27,8 @@ class Fixture {
     return f;
   }
   void Step(const std::vector<int32_t>& tokens, int32_t position, bool sample) {
-    attention::StepBatch batch;
-    batch.tokens = tokens;
-    attention::StepSequence s;
-    s.count = static_cast<int32_t>(tokens.size());
-    s.position = position;
-    s.pages = pages_;
-    s.sample = sample;
-    s.params = &params_;
-    s.counts = &counts_;
-    batch.sequences.push_back(s);
+    attention::StepBatch batch = OneSequence(tokens, position, pages_);
+    batch.sequences[0].sample = sample;
     attention::StepResult r;
     if (!backend_->Step(batch, &r).ok()) throw std::runtime_error("step failed");
   }
@@ -59,8 +52,6 @@ class Fixture {
   model::ModelConfig config_;
   std::unique_ptr<attention::Backend> backend_;
   std::vector<int32_t> pages_;
-  attention::SamplingParams params_;
-  std::unordered_map<int32_t, int32_t> counts_;
 };
 
 std::vector<int32_t> Tokens(int64_t n, int64_t vocab) {

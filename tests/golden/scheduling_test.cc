@@ -1,16 +1,14 @@
 // What a sequence is answered does not depend on what else is going on: the scheduler over the real CPU
 // backend and the bundled model. Compared are the tokens and the bits of their log-probabilities and of the
 // 20 best alternatives of each.
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/scheduler/scheduler.h"
 #include "services/attention_gpu/scheduler/sink.h"
+#include "tests/golden/golden_prompts.h"
 #include "tests/golden/local_experts.h"
 
 namespace tandem::golden {
@@ -25,17 +23,12 @@ using Tokens = std::vector<int32_t>;
 constexpr int32_t kPageTokens = 32;
 constexpr int32_t kContext = 512;
 
-std::string SourceDir() { return std::getenv("TANDEM_SOURCE_DIR"); }
-
 // A real text, long enough for all that follows.
 const Tokens& Text() {
   static const Tokens text = [] {
-    std::ifstream in(SourceDir() + "/tests/golden/demo/golden.json");
-    const auto golden = nlohmann::json::parse(in);
     Tokens longest;
-    for (const auto& p : golden["prompts"]) {
-      const Tokens t = p["tokens"];
-      if (t.size() > longest.size()) longest = t;
+    for (Prompt& p : Prompts()) {
+      if (p.tokens.size() > longest.size()) longest = std::move(p.tokens);
     }
     return longest;
   }();

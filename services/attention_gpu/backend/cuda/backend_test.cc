@@ -2,18 +2,16 @@
 // in this process, on the CPU, for both.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <fstream>
 #include <limits>
 #include <memory>
 #include <numeric>
 
 #include <gmock/gmock.h>
-#include <nlohmann/json.hpp>
 
 #include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/backend/cuda/cuda_backend.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
+#include "tests/golden/golden_prompts.h"
 #include "tests/golden/local_experts.h"
 #include "tests/golden/spied_experts.h"
 
@@ -23,23 +21,9 @@ namespace {
 constexpr int32_t kPageTokens = 32, kPages = 192;
 constexpr int32_t kLongest = 128;  // pages of a sequence, the model's context
 
-std::string SourceDir() {
-  const char* dir = std::getenv("TANDEM_SOURCE_DIR");
-  return dir != nullptr ? dir : ".";
-}
-
-struct Prompt {
-  std::string name;
-  std::vector<int32_t> tokens, greedy;
-};
-
-std::vector<Prompt> Prompts() {
-  std::ifstream in(SourceDir() + "/tests/golden/demo/golden.json");
-  const auto json = nlohmann::json::parse(in);
-  std::vector<Prompt> out;
-  for (const auto& p : json["prompts"]) out.push_back({p["name"], p["tokens"], p["greedy"]});
-  return out;
-}
+using golden::Prompt;
+using golden::Prompts;
+using golden::SourceDir;
 
 // What is the same for all backends of this test.
 class Model {
