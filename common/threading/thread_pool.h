@@ -50,6 +50,13 @@ class ThreadPool {
 
   int threads() const;
 
+  // From the next loop on idle workers look for work this long before they sleep; negative: as long as the
+  // options say. For a caller who knows that more comes soon: to wake all workers takes longer than many a
+  // loop. A pool with more threads than CPUs never looks. Thread-safe.
+  void SetSpin(int64_t microseconds);
+  // How often a worker has gone to sleep.
+  uint64_t sleeps() const;
+
   // Calls fn(begin, end, worker) over [0, n) in chunks of `grain`; worker in [0, threads()), 0 is the caller.
   // Returns when all of it is done. fn must not throw and must not call ParallelFor of the same pool.
   void ParallelFor(int64_t n, int64_t grain, FunctionRef<void(int64_t begin, int64_t end, int worker)> fn);

@@ -37,6 +37,9 @@ class RowUnits {
   int64_t rows_;
   int64_t each_;
 };
+// Microseconds: more than a GPU needs from one call to the next, and from a step's last to the next step's
+// first.
+constexpr int64_t kSpinBetweenCalls = 5000;
 // An expert's h is there.
 constexpr int64_t kComplete = -1;
 // From so many tokens on, what is done for each token is shared out too.
@@ -358,6 +361,7 @@ absl::StatusOr<CallStatistics> Moe::Forward(const Call& call, std::span<uint8_t>
   const ShardPlan& plan = m.shard.plan();
   const ShardLayer* layer = m.shard.FindLayer(call.layer);
   TANDEM_RETURN_IF_ERROR(m.Validate(call, layer, answer.size()));
+  m.pool.SetSpin(call.more_soon ? kSpinBetweenCalls : -1);
   m.ReadExperts(call);
   const int64_t k = call.experts_per_token;
   for (size_t i = 0; i < m.ids.size(); ++i) {
