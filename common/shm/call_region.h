@@ -19,7 +19,7 @@
 namespace tandem::shm {
 
 inline constexpr uint64_t kRegionMagic = 0x31474e524d444e54;  // "TNDMRNG1"
-inline constexpr uint32_t kRegionVersion = 2;
+inline constexpr uint32_t kRegionVersion = 3;
 inline constexpr uint64_t kHeaderBytes = 4096;
 inline constexpr uint32_t kMessageBytes = 512;
 

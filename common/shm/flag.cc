@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <climits>
 #include <thread>
 
@@ -35,13 +36,10 @@ void Pause() {
 }
 
 // Not the private kind: the waker is another process, with another address.
-void FutexWait(std::atomic<uint32_t>& word, uint32_t expected, int64_t nanoseconds) {
+// False: the time has passed.
+bool FutexWait(std::atomic<uint32_t>& word, uint32_t expected, int64_t nanoseconds) {
   const timespec relative{nanoseconds / 1'000'000'000, nanoseconds % 1'000'000'000};
-  syscall(SYS_futex, &word, FUTEX_WAIT, expected, &relative, nullptr, 0);
-}
-
-void FutexWake(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  return syscall(SYS_futex, &word, FUTEX_WAIT, expected, &relative, nullptr, 0) == 0 || errno != ETIMEDOUT;
 }
 
 }  // namespace
@@ -50,15 +48,18 @@ void Signal(Flag& flag, uint32_t sequence) {
   // Both sequentially consistent, here and in Sleep: of "number written, then sleeper looked for" and
   // "sleeper announced, then number looked for" at least one sees the other.
   flag.sequence.store(sequence, std::memory_order_seq_cst);
-  if (flag.sleeping.load(std::memory_order_seq_cst) != 0) FutexWake(flag.sequence);
+  if (flag.sleeping.load(std::memory_order_seq_cst) != 0) Wake(flag);
 }
 
-void Wake(Flag& flag) { FutexWake(flag.sequence); }
+void Wake(Flag& flag) {
+  flag.wakes.fetch_add(1, std::memory_order_seq_cst);
+  syscall(SYS_futex, &flag.wakes, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
 
 void SetAwake(Flag& flag, bool awake) {
   // As in Signal: of this and Sleep's announcement at least one sees the other.
   flag.awake.store(awake ? 1 : 0, std::memory_order_seq_cst);
-  if (awake && flag.sleeping.load(std::memory_order_seq_cst) != 0) FutexWake(flag.sequence);
+  if (awake && flag.sleeping.load(std::memory_order_seq_cst) != 0) Wake(flag);
 }
 
 int AllowedCpus() {
@@ -137,8 +138,11 @@ std::optional<WaitResult> Waiter::LookOn(Flag& flag, uint32_t last, int64_t end,
 std::optional<WaitResult> Waiter::Sleep(Flag& flag, uint32_t last, int64_t end,
                                         const std::atomic<bool>& stop) {
   std::optional<WaitResult> result = WaitResult::kTimeout;
+  bool in_time = true;
   flag.sleeping.store(1, std::memory_order_seq_cst);
   for (;;) {
+    // Before all that is looked at: who changes one of them from now on changes this, too.
+    const uint32_t wakes = flag.wakes.load(std::memory_order_seq_cst);
     if (flag.sequence.load(std::memory_order_seq_cst) != last) {
       result = WaitResult::kSignalled;
       break;
@@ -156,8 +160,9 @@ std::optional<WaitResult> Waiter::Sleep(Flag& flag, uint32_t last, int64_t end,
       break;
     }
     ++sleeps_;
-    FutexWait(flag.sequence, last, std::min(left, kLongestSleep));
+    in_time = FutexWait(flag.wakes, wakes, std::min(left, kLongestSleep));
   }
+  if (!in_time && result != WaitResult::kTimeout) ++overslept_;
   flag.sleeping.store(0, std::memory_order_relaxed);
   return result;
 }

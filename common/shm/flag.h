@@ -11,9 +11,9 @@
 namespace tandem::shm {
 
 // Lies in shared memory, alone in its cache lines (two, since the hardware fetches neighbours). One side
-// signals, one thread of the other side waits. `sequence` is the futex word, and what a GPU's 32-bit stream
-// memory operations write and wait for: it takes the low half of a 64-bit sequence number. Neither field is
-// trusted: a peer that writes nonsense only harms its own waiting.
+// signals, one thread of the other side waits. `sequence` is what a GPU's 32-bit stream memory operations
+// write and wait for: it takes the low half of a 64-bit sequence number. No field is trusted: a peer that
+// writes nonsense only harms its own waiting.
 struct alignas(128) Flag {
   std::atomic<uint32_t> sequence;
   std::atomic<uint32_t> sleeping;  // not 0: the waiter sleeps, or is about to; signalling takes a system call
@@ -21,6 +21,9 @@ struct alignas(128) Flag {
   // sets it for the time of a run (SetAwake); what it costs if that side dies is bounded by the wait's `most`
   // and by the lease.
   std::atomic<uint32_t> awake;
+  // The futex word: changed by all who wake, so that a waiter who has looked at the other fields and is about
+  // to sleep does not, whichever of them has changed since.
+  std::atomic<uint32_t> wakes;
 };
 static_assert(sizeof(Flag) == 128 && std::atomic<uint32_t>::is_always_lock_free);
 static_assert(std::is_standard_layout_v<Flag>);
@@ -60,6 +63,8 @@ class Waiter {
 
   // System calls made to sleep: 0 as long as all waits ended while spinning.
   uint64_t sleeps() const { return sleeps_; }
+  // Sleeps that nobody ended although there was a reason to: none as long as the peer keeps to the rules.
+  uint64_t overslept() const { return overslept_; }
 
  private:
   WaitResult Rest(Flag& flag, uint32_t last, int64_t end, const std::atomic<bool>& stop);
@@ -71,6 +76,7 @@ class Waiter {
   int pause_ = 0;  // waits to come that do not spin
   int last_pause_ = 0;
   uint64_t sleeps_ = 0;
+  uint64_t overslept_ = 0;
 };
 
 }  // namespace tandem::shm

@@ -55,6 +55,30 @@ TEST_F(FlagTest, TwoProcessesWakeEachOtherOutOfTheirSleep) {
   EXPECT_GT(waiter.sleeps(), 0u);
 }
 
+// A device's number wakes nobody; SetAwake must, also who has just looked and is about to sleep.
+TEST_F(FlagTest, NobodySleepsThroughADevicesNumber) {
+  constexpr uint32_t kRounds = 20000;
+  uint64_t overslept = 0;
+  std::thread waiting([&] {
+    Waiter waiter({absl::ZeroDuration()});
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      ASSERT_EQ(waiter.Wait(*there_, i, absl::Seconds(20), kNever), WaitResult::kSignalled) << i;
+      back_->sequence.store(i + 1, std::memory_order_release);
+    }
+    overslept = waiter.overslept();
+  });
+  for (uint32_t i = 0; i < kRounds; ++i) {
+    // From the waiter's way to sleep to well after it.
+    for (uint32_t pause = i % 2048; pause > 0; --pause) std::atomic_signal_fence(std::memory_order_seq_cst);
+    SetAwake(*there_, true);
+    there_->sequence.store(i + 1, std::memory_order_release);
+    while (back_->sequence.load(std::memory_order_acquire) != i + 1) std::this_thread::yield();
+    SetAwake(*there_, false);
+  }
+  waiting.join();
+  EXPECT_EQ(overslept, 0u);
+}
+
 // Where the system takes the CPU away in between, a waiter sleeps; so one undisturbed run of many is asked
 // for.
 TEST_F(FlagTest, NoSystemCallWhileSpinningIsEnough) {
