@@ -119,7 +119,7 @@ void PrintPlan(const Report& r, std::ostream& out) {
     out << absl::StrFormat("  %-26s %10s%s%s\n", what, FormatBytes(bytes), note.empty() ? "" : "  ", note);
   };
   out << "\nMemory for " << Grouped(static_cast<uint64_t>(p.context)) << " tokens of context\n";
-  line("GPU: dense weights", p.dense_bytes, "attention, shared experts, dense layers, embedding, head");
+  line("GPU: dense weights", p.gpu_weight_bytes(), "attention, shared experts, dense layers, head");
   line("GPU: KV cache", p.kv_bytes, absl::StrCat(Grouped(p.kv_bytes_per_token), " bytes a token, bf16"));
   line("GPU: workspace", p.workspace_bytes, "estimate");
   std::string fits;
@@ -128,11 +128,11 @@ void PrintPlan(const Report& r, std::ostream& out) {
                         FormatBytes(r.vram_bytes));
   }
   line("GPU: together", p.gpu_bytes(), fits);
-  if (r.vram_bytes > p.dense_bytes + p.workspace_bytes && p.gpu_bytes() > r.vram_bytes &&
-      p.kv_bytes_per_token > 0) {
-    out << "  (" << Grouped((r.vram_bytes - p.dense_bytes - p.workspace_bytes) / p.kv_bytes_per_token)
-        << " tokens of context would)\n";
+  const uint64_t fixed = p.gpu_weight_bytes() + p.workspace_bytes;
+  if (r.vram_bytes > fixed && p.gpu_bytes() > r.vram_bytes && p.kv_bytes_per_token > 0) {
+    out << "  (" << Grouped((r.vram_bytes - fixed) / p.kv_bytes_per_token) << " tokens of context would)\n";
   }
+  if (p.embedding_bytes > 0) line("host: token embedding", p.embedding_bytes, "a row for a token");
   for (const ExpertShard& shard : p.shards) {
     line(absl::StrCat("socket ", shard.index, ": experts"), shard.bytes, ShardText(shard, p.shards.size()));
   }
@@ -213,6 +213,7 @@ void PrintJson(const Report& r, const InspectOptions& options, std::ostream& out
     }
     report["memory"] = {{"context", r.plan.context},
                         {"dense_bytes", r.plan.dense_bytes},
+                        {"embedding_bytes", r.plan.embedding_bytes},
                         {"kv_bytes_per_token", r.plan.kv_bytes_per_token},
                         {"kv_bytes", r.plan.kv_bytes},
                         {"workspace_bytes", r.plan.workspace_bytes},

@@ -41,10 +41,12 @@ struct Prediction {
   std::vector<PrefillPoint> prefill;
   int64_t break_even = 0;
 
-  uint64_t device_bytes() const { return bytes.dense_bytes() + kv_bytes + workspace; }
+  // Of the dense weights, those beside the KV cache: a GPU leaves the embedding in the host's memory.
+  uint64_t weight_bytes() const { return bytes.dense_bytes() - (machine.gpu ? bytes.embedding : 0); }
+  uint64_t device_bytes() const { return weight_bytes() + kv_bytes + workspace; }
   // Bytes of KV cache for which the card has room beside the rest; 0: none.
   double kv_room() const {
-    const double room = machine.vram_gb * 1e9 - static_cast<double>(bytes.dense_bytes() + workspace);
+    const double room = machine.vram_gb * 1e9 - static_cast<double>(weight_bytes() + workspace);
     return std::max(0.0, room);
   }
   bool Fits(const DecodePoint& p) const { return !machine.gpu || p.kv_bytes <= kv_room(); }
@@ -233,7 +235,7 @@ void PrintText(const Prediction& p, std::ostream& out) {
     out << absl::StrFormat("  %-28s %10s%s%s\n", what, FormatBytes(bytes), more.empty() ? "" : "   ", more);
   };
   const char* place = p.machine.gpu ? "GPU" : "RAM";
-  line(absl::StrCat(place, ": dense weights"), b.dense_bytes());
+  line(absl::StrCat(place, ": dense weights"), p.weight_bytes());
   line(absl::StrCat(place, ": KV cache, ", type), p.kv_bytes,
        absl::StrCat(Grouped(static_cast<uint64_t>(p.context)), " tokens of ", FormatBytes(per_token)));
   line(absl::StrCat(place, ": workspace"), p.workspace, "an estimate");
@@ -244,6 +246,7 @@ void PrintText(const Prediction& p, std::ostream& out) {
                                     Grouped(static_cast<uint64_t>(room)), " tokens of KV cache");
     if (p.device_bytes() > card) more = absl::StrCat("DOES NOT FIT, ", more);
     line("GPU: all", p.device_bytes(), more);
+    if (b.embedding > 0) line("RAM: token embedding", b.embedding, "a row for a token");
   }
   if (b.routed > 0) {
     const double a_token =

@@ -57,7 +57,9 @@ absl::StatusOr<MemoryPlan> PlanMemory(const gguf::File& file, const model::Model
     plan.parameters += values;
     if (!kept.emplace(tensor.shard, tensor.file_offset).second) continue;
     (model::IsRoutedExpertTensor(tensor.name) ? plan.expert_bytes : plan.dense_bytes) += tensor.nbytes;
-    if (tensor.name == "token_embd.weight") plan.embedding_bytes = tensor.nbytes;
+    if (tensor.name == "token_embd.weight" && file.FindTensor("output.weight") != nullptr) {
+      plan.embedding_bytes = tensor.nbytes;
+    }
   }
   plan.context = context > 0 ? context : config.max_position_embeddings;
   plan.kv_bytes_per_token = static_cast<uint64_t>(config.num_hidden_layers * config.latent_dim()) * 2;

@@ -26,15 +26,17 @@ struct MemoryPlan {
   uint64_t parameters = 0;
   uint64_t expert_bytes = 0;        // routed experts, all layers
   uint64_t dense_bytes = 0;         // everything else in the file
-  uint64_t embedding_bytes = 0;     // of that: the token embedding, read row by row
+  uint64_t embedding_bytes = 0;     // of that: the token embedding, where it is not the output head, too
   int64_t context = 0;              // tokens
   uint64_t kv_bytes_per_token = 0;  // layers * (kv_lora_rank + rope) * 2 bytes
   uint64_t kv_bytes = 0;            // for `context` tokens
   uint64_t workspace_bytes = 0;     // estimate: activations of a chunk of 512 tokens, logits of 8 sequences
   std::vector<ExpertShard> shards;  // empty for a model without routed experts
 
-  uint64_t gpu_bytes() const { return dense_bytes + kv_bytes + workspace_bytes; }
-  uint64_t total_bytes() const { return gpu_bytes() + expert_bytes; }
+  // Weights on the GPU. The embedding, of which a token takes one row, stays in the host's memory.
+  uint64_t gpu_weight_bytes() const { return dense_bytes - embedding_bytes; }
+  uint64_t gpu_bytes() const { return gpu_weight_bytes() + kv_bytes + workspace_bytes; }
+  uint64_t total_bytes() const { return gpu_bytes() + embedding_bytes + expert_bytes; }
 };
 
 // `context` 0: the model's own. `processes` >= 1, at most one an expert (InvalidArgument otherwise).

@@ -77,6 +77,7 @@ Arena::~Arena() {
 }
 
 absl::Status Arena::Allocate(std::string_view what) {
+  if (bytes_ == 0) return absl::OkStatus();
   const std::string text =
       absl::StrCat(kind_ == Kind::kDevice ? "GPU memory for " : "page-locked memory for ", std::string(what),
                    ", ", bytes_ / 1000000, " MB");

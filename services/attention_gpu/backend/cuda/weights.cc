@@ -130,18 +130,10 @@ class WeightsLoader {
   explicit WeightsLoader(DeviceWeights& weights) : w_(weights) {}
 
   void Add(const Matrix& m, DeviceMatrix* to) { AddHeads({&m, 1}, to); }
+  // To page-locked memory that the device reads, and to which it writes while it lays out the rows.
+  void AddToHost(const Matrix& m, DeviceMatrix* to) { AddParts({&m, 1}, to, &w_.host_arena_); }
   // Matrices of one shape and type one after the other; `to` describes the first.
-  void AddHeads(std::span<const Matrix> parts, DeviceMatrix* to) {
-    const Matrix& m = parts.front();
-    to->type = DeviceType(m.type);
-    to->rows = m.rows;
-    to->cols = m.cols;
-    to->row_bytes = DeviceRowBytes(to->type, m.cols);
-    w_.arena_.Want(const_cast<uint8_t**>(&to->data),
-                   to->row_bytes * m.rows * static_cast<int64_t>(parts.size()));
-    jobs_.push_back(
-        {std::vector<Matrix>(parts.begin(), parts.end()), const_cast<uint8_t* const*>(&to->data)});
-  }
+  void AddHeads(std::span<const Matrix> parts, DeviceMatrix* to) { AddParts(parts, to, &w_.arena_); }
   void AddFloats(const float* values, int64_t n, const float** to) {
     if (values == nullptr) return;
     w_.arena_.Want(const_cast<float**>(to), n);
@@ -150,6 +142,7 @@ class WeightsLoader {
 
   absl::Status Run() {
     TANDEM_RETURN_IF_ERROR(w_.arena_.Allocate("the weights"));
+    TANDEM_RETURN_IF_ERROR(w_.host_arena_.Allocate("the token embedding"));
     Uploader uploader;
     TANDEM_RETURN_IF_ERROR(uploader.Init());
     for (const Job& job : jobs_) {
@@ -169,6 +162,17 @@ class WeightsLoader {
   }
 
  private:
+  void AddParts(std::span<const Matrix> parts, DeviceMatrix* to, Arena* arena) {
+    const Matrix& m = parts.front();
+    to->type = DeviceType(m.type);
+    to->rows = m.rows;
+    to->cols = m.cols;
+    to->row_bytes = DeviceRowBytes(to->type, m.cols);
+    arena->Want(const_cast<uint8_t**>(&to->data),
+                to->row_bytes * m.rows * static_cast<int64_t>(parts.size()));
+    jobs_.push_back(
+        {std::vector<Matrix>(parts.begin(), parts.end()), const_cast<uint8_t* const*>(&to->data)});
+  }
   struct Job {
     std::vector<Matrix> parts;
     uint8_t* const* to;
@@ -192,9 +196,9 @@ absl::StatusOr<uint64_t> DeviceWeights::Plan(const gguf::File& file, const model
     status.Update(CheckCols(*t));
     bytes += DeviceBytes(t->type, t->ne[1] * t->ne[2] * t->ne[3], t->ne[0]);
   };
-  add(tensors.token_embd);
   add(tensors.output_norm);
-  if (tensors.output != tensors.token_embd) add(tensors.output);
+  add(tensors.output);
+  status.Update(CheckCols(*tensors.token_embd));
   for (const model::LayerTensors& l : tensors.layers) {
     for (const gguf::Tensor* t :
          {l.attn_norm, l.attn_q, l.attn_q_a, l.attn_q_a_norm, l.attn_q_b, l.attn_kv_a_mqa, l.attn_kv_a_norm,
@@ -224,10 +228,10 @@ absl::StatusOr<std::unique_ptr<DeviceWeights>> DeviceWeights::Load(const gguf::F
   TANDEM_ASSIGN_OR_RETURN(const CpuWeights host, CpuWeights::Load(file, c, kernels::Precision::kFast, pool));
   std::unique_ptr<DeviceWeights> w(new DeviceWeights);
   WeightsLoader loader(*w);
-  loader.Add(host.embedding, &w->embedding);
   loader.AddFloats(host.output_norm, c.hidden_size, &w->output_norm);
   const bool tied = host.head.data == host.embedding.data;
-  if (!tied) loader.Add(host.head, &w->head);
+  loader.Add(host.head, &w->head);
+  if (!tied) loader.AddToHost(host.embedding, &w->embedding);
   w->layers.resize(host.layers.size());  // before anything points into it
   for (size_t i = 0; i < host.layers.size(); ++i) {
     const CpuLayer& from = host.layers[i];
@@ -256,7 +260,7 @@ absl::StatusOr<std::unique_ptr<DeviceWeights>> DeviceWeights::Load(const gguf::F
     loader.AddFloats(from.router_bias, c.n_routed_experts, &to.router_bias);
   }
   TANDEM_RETURN_IF_ERROR(loader.Run());
-  if (tied) w->head = w->embedding;
+  if (tied) w->embedding = w->head;
   return w;
 }
 

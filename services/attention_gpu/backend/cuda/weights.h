@@ -1,4 +1,6 @@
-// The dense weights in device memory: every matrix in its GGUF type, rows laid out as row_layout.h says.
+// The dense weights in device memory: every matrix in its GGUF type, rows laid out as row_layout.h says. The
+// embedding, of which a token takes one row, lies in page-locked memory of the host, where the device reads
+// it.
 #pragma once
 
 #include <cstdint>
@@ -49,15 +51,16 @@ class DeviceWeights {
                                                              const model::ModelConfig& config,
                                                              threading::ThreadPool& pool);
 
-  DeviceMatrix embedding;  // [vocab, hidden]
+  DeviceMatrix embedding;  // [vocab, hidden]; in the host's memory, unless it is the head, too
   const float* output_norm = nullptr;
   DeviceMatrix head;  // [vocab, hidden]; the embedding's memory where the file ties them
   std::vector<DeviceLayer> layers;
-  uint64_t bytes() const { return arena_.bytes(); }
+  uint64_t bytes() const { return arena_.bytes(); }            // of device memory
+  uint64_t host_bytes() const { return host_arena_.bytes(); }  // page-locked
 
  private:
   DeviceWeights() = default;
-  Arena arena_{Arena::Kind::kDevice};
+  Arena arena_{Arena::Kind::kDevice}, host_arena_{Arena::Kind::kPinnedHost};
   friend class WeightsLoader;
 };
 
