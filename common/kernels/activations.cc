@@ -79,24 +79,26 @@ bool Activations::Reserve(gguf::TensorType type, Precision precision) {
 }
 
 void Activations::PrepareTokens(gguf::TensorType type, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) PrepareColumns(type, t, 0, impl_->cols);
+}
+
+void Activations::PrepareColumns(gguf::TensorType type, int64_t token, int64_t col_begin, int64_t col_end) {
   Impl& a = *impl_;
+  TANDEM_CHECK(col_begin % internal::kUnit == 0 && col_end <= a.cols &&
+               (col_end % internal::kUnit == 0 || col_end == a.cols));
   const internal::KTables& tables = internal::ActiveTables();
-  const int64_t units = (a.cols + internal::kUnit - 1) / internal::kUnit;
   const bool k = FormFor(type) == ActivationForm::kBlocks256;
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t u = 0; u < units; ++u) {
-      const float* x = a.x + t * a.stride + u * internal::kUnit;
-      const int64_t at = u * a.n + t;
-      if (k) {
-        tables.quantize_k(x, a.b256.q.data() + at * internal::kUnit, a.b256.d.data() + at,
-                          a.b256.bsum16.data() + at * 16, a.b256.bsum32.data() + at * 8);
-      } else {
-        const int64_t left = a.cols - u * internal::kUnit;
-        const int n = static_cast<int>(left < internal::kUnit ? left : internal::kUnit);
-        const int64_t s = at * internal::kSubBlocks;
-        tables.quantize_32(x, n, a.b32.q.data() + at * internal::kUnit, a.b32.d.data() + s,
-                           a.b32.neg_bsum.data() + s, a.b32.dsum.data() + s);
-      }
+  for (int64_t col = col_begin; col < col_end; col += internal::kUnit) {
+    const float* x = a.x + token * a.stride + col;
+    const int64_t at = col / internal::kUnit * a.n + token;
+    if (k) {
+      tables.quantize_k(x, a.b256.q.data() + at * internal::kUnit, a.b256.d.data() + at,
+                        a.b256.bsum16.data() + at * 16, a.b256.bsum32.data() + at * 8);
+    } else {
+      const int n = static_cast<int>(std::min<int64_t>(a.cols - col, internal::kUnit));
+      const int64_t s = at * internal::kSubBlocks;
+      tables.quantize_32(x, n, a.b32.q.data() + at * internal::kUnit, a.b32.d.data() + s,
+                         a.b32.neg_bsum.data() + s, a.b32.dsum.data() + s);
     }
   }
 }

@@ -64,6 +64,8 @@ class Activations {
   // tokens, from any threads. Reserve returns false if there is nothing to do (made already, or not needed).
   bool Reserve(gguf::TensorType type, Precision precision);
   void PrepareTokens(gguf::TensorType type, int64_t begin, int64_t end);
+  // Of one token the columns [col_begin, col_end), multiples of 256 (or the end): a part of PrepareTokens.
+  void PrepareColumns(gguf::TensorType type, int64_t token, int64_t col_begin, int64_t col_end);
 
   // The quantized forms that `from` has of its tokens token_ids, copied together. No float32 form: for
   // integer kernels only.
