@@ -190,22 +190,26 @@ void PrintPrefill(const Prediction& p, std::ostream& out) {
   out << "\nPrefill of one prompt" << (both ? ": experts on the CPU, or streamed to the GPU" : "") << "\n";
   const auto row = [&](const std::string& tokens, const std::string& cpu, const std::string& cpu_rate,
                        const std::string& cpu_bound, const std::string& stream,
-                       const std::string& stream_rate, const std::string& stream_bound) {
+                       const std::string& stream_rate, const std::string& stream_bound,
+                       const std::string& shared) {
     out << absl::StrFormat("  %9s %9s %9s  ", tokens, cpu, cpu_rate);
     if (both) {
-      out << absl::StrFormat("%-15s %9s %9s  %s\n", cpu_bound, stream, stream_rate, stream_bound);
+      out << absl::StrFormat("%-15s %9s %9s  %-14s  %5s\n", cpu_bound, stream, stream_rate, stream_bound,
+                             shared);
     } else {
       out << cpu_bound << "\n";
     }
   };
-  row("tokens", both ? "CPU s" : "seconds", "tokens/s", "bound by", "stream s", "tokens/s", "bound by");
+  row("tokens", both ? "CPU s" : "seconds", "tokens/s", "bound by", "stream s", "tokens/s", "bound by",
+      "CPU %");
   for (const PrefillPoint& f : p.prefill) {
     const auto n = static_cast<double>(f.tokens);
     row(Grouped(static_cast<uint64_t>(f.tokens)), Number(f.on_cpu), Number(n / f.on_cpu),
         std::string(BoundName(f.cpu_bound)), Number(f.streamed), both ? Number(n / f.streamed) : "",
-        std::string(BoundName(f.stream_bound)));
+        std::string(BoundName(f.stream_bound)), Number(100 * f.shared));
   }
   if (!both) return;
+  out << "  CPU %: of a streamed prompt's experts, those that the CPU computes meanwhile\n";
   if (p.break_even > 0) {
     out << "  streaming is faster from " << Grouped(static_cast<uint64_t>(p.break_even))
         << (p.break_even == 1 ? " token on\n" : " tokens on\n");
@@ -305,6 +309,7 @@ void PrintJson(const Prediction& p, std::ostream& out) {
     if (p.machine.gpu) {
       point["streamed_seconds"] = f.streamed;
       point["streamed_bound"] = std::string(BoundName(f.stream_bound));
+      point["streamed_shared_ratio"] = f.shared;
     }
     report["prefill"].push_back(point);
   }
@@ -348,6 +353,9 @@ void AddPlanFlags(Command& command, PlanOptions* o) {
                "Prompt tokens of a step, experts on the CPU (256)")
       .Integer("stream-tokens", &o->prefill.stream_chunk, 1, 1 << 20,
                "Prompt tokens of a pass, experts streamed (4096)")
+      .Switch(
+          "stream-share", &o->prefill.share,
+          "--no-stream-share: a pass's experts all come to the GPU, none is computed by the CPU meanwhile")
       .Switch("json", &o->json, "Print JSON");
 }
 

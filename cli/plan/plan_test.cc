@@ -116,12 +116,31 @@ TEST(Predict, Prefill) {
   EXPECT_EQ(p.stream_bound, Bound::kGpuArithmetic);
   MachineFigures slow_bus = SmallMachine();
   slow_bus.pcie_gbps = 0.1;
-  const PrefillPoint slow = PredictPrefill(SmallModel(), slow_bus, {}, 100);
+  const PrefillPoint slow = PredictPrefill(SmallModel(), slow_bus, {.share = false}, 100);
   EXPECT_NEAR(slow.streamed, 2e8 / 0.1e9, 1e-6);
   EXPECT_EQ(slow.stream_bound, Bound::kPcie);
+  EXPECT_EQ(slow.shared, 0);
   MachineFigures measured = SmallMachine();
   measured.cpu_prefill = 10;
   EXPECT_GT(PredictPrefill(SmallModel(), measured, {}, 100).on_cpu, 10);
+}
+
+// The copies of a part end when the CPU ends with the rest, which it began when the GPU had all else behind
+// it.
+TEST(Predict, PrefillSharedWithTheCpu) {
+  MachineFigures m = SmallMachine();
+  m.pcie_gbps = 0.1;
+  const PrefillPoint p = PredictPrefill(SmallModel(), m, {}, 100);
+  ASSERT_GT(p.shared, 0.5);
+  ASSERT_LT(p.shared, 1);
+  const double rest = 2 * 100 * 2e9 / 5e12 + 100 * 2.0 * 10 * 900 * 50.5 * 3 / 5e12;
+  const double cpu = 2e8 / 50e9 / (1 - 0.1 / (m.sockets * m.dram_gbps)) + 100 * 1.2e7 / 1e12;
+  EXPECT_NEAR(p.streamed, (1 - p.shared) * 2, 1e-6);
+  EXPECT_NEAR(p.streamed, rest + p.shared * cpu, 1e-4);
+  // Beyond what a call takes, nothing is.
+  EXPECT_EQ(PredictPrefill(SmallModel(), m, {.stream_chunk = 8192}, 8192).shared, 0);
+  m.pcie_gbps = 1e6;
+  EXPECT_EQ(PredictPrefill(SmallModel(), m, {}, 100).shared, 0);
 }
 
 // Keys of 128 + 100 values and values of 128 for a pair, made from latents of 400 for each position.
@@ -136,7 +155,7 @@ TEST(Predict, BreakEvenIsWhereTheTwoMeet) {
   MachineFigures m = SmallMachine();
   m.cpu_tmacs = 0.01;
   m.pcie_gbps = 0.5;
-  const PrefillOptions options;
+  const PrefillOptions options{.share = false};
   const int64_t at = StreamBreakEven(SmallModel(), m, options);
   ASSERT_GT(at, 1);
   auto gain = [&](int64_t tokens) {
@@ -147,6 +166,10 @@ TEST(Predict, BreakEvenIsWhereTheTwoMeet) {
   EXPECT_LE(gain(at - 1), 0);
   m.pcie_gbps = 1e-6;
   EXPECT_EQ(StreamBreakEven(SmallModel(), m, options), 0);
+  m.pcie_gbps = 0.5;
+  const int64_t shared = StreamBreakEven(SmallModel(), m, {});
+  EXPECT_GE(shared, 65);
+  EXPECT_LE(shared, at);
 }
 
 // DeepSeek-R1's own numbers, as DESIGN knows them: 24.8 or 28.6 MB an expert, 671 B parameters, 70 KB of KV

@@ -40,10 +40,28 @@ double DenseSeconds(const MachineFigures& m, double bytes, double values, double
   return std::max(bytes / VramRate(m), 2 * values * tokens / GpuFlops(m));
 }
 
+double ExpertReadBytes(const ModelBytes& model, double tokens) {
+  return DistinctExperts(model.config, tokens) * static_cast<double>(model.config.num_moe_layers()) *
+         model.ExpertBytes();
+}
+
 double ExpertReadSeconds(const ModelBytes& model, const MachineFigures& m, double tokens) {
-  const double distinct = DistinctExperts(model.config, tokens);
-  return distinct * static_cast<double>(model.config.num_moe_layers()) * model.ExpertBytes() /
-         (m.ExpertGbps() * kGiga);
+  return ExpertReadBytes(model, tokens) / (m.ExpertGbps() * kGiga);
+}
+
+double ExpertMultiplySeconds(const ModelBytes& model, const MachineFigures& m, double tokens) {
+  return m.cpu_prefill > 0 ? tokens / m.cpu_prefill : tokens * model.RoutedMacs() / (m.cpu_tmacs * kTera);
+}
+
+// The part of a pass's experts that the CPU computes while the others' weights are copied, which all together
+// take `copy`, so that both end together: the CPU begins when the GPU is done with everything else (`rest`),
+// and reads what memory gives beside the copies.
+double CpuShare(const ModelBytes& model, const MachineFigures& m, double tokens, double copy, double rest) {
+  constexpr double kMostShared = 4096;
+  const double left = (m.sockets * m.dram_gbps - m.pcie_gbps) * m.cpu_efficiency * kGiga;
+  if (tokens > kMostShared || left <= 0 || copy <= rest) return 0;
+  const double read = m.cpu_prefill > 0 ? 0 : ExpertReadBytes(model, tokens) / left;
+  return (copy - rest) / (copy + read + ExpertMultiplySeconds(model, m, tokens));
 }
 
 // Of several parts the name of the longest.
@@ -142,11 +160,8 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
                              : now * AttentionFlops(c, static_cast<double>(at) + (now + 1) / 2);
     if (m.gpu) round_trips += static_cast<double>(c.num_moe_layers()) * m.round_trip_us * 1e-6;
   }
-  double multiply = n * model.RoutedMacs() / (m.cpu_tmacs * kTera);
-  if (m.cpu_prefill > 0) {
-    read = 0;
-    multiply = n / m.cpu_prefill;
-  }
+  const double multiply = ExpertMultiplySeconds(model, m, n);
+  if (m.cpu_prefill > 0) read = 0;
   const double attention =
       m.gpu ? attention_flops / GpuFlops(m) : attention_flops / 2 / (m.cpu_tmacs * kTera);
   const Bound arithmetic = m.gpu ? Bound::kGpuArithmetic : Bound::kCpuArithmetic;
@@ -158,12 +173,15 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
   double copies = 0, computes = 0;
   for (int64_t at = 0; at < tokens; at += options.stream_chunk) {
     const auto now = static_cast<double>(std::min(options.stream_chunk, tokens - at));
-    const double copy = DistinctExperts(c, now) * static_cast<double>(c.num_moe_layers()) *
-                        model.ExpertBytes() / (m.pcie_gbps * kGiga);
+    const double all = ExpertReadBytes(model, now) / (m.pcie_gbps * kGiga);
     const double done = static_cast<double>(at);
-    const double flops = 2 * now * (values + model.RoutedMacs()) + PromptAttentionFlops(c, done, now);
-    const double compute = std::max(flops / GpuFlops(m), dense_bytes / VramRate(m));
+    const double rest_flops = 2 * now * values + PromptAttentionFlops(c, done, now);
+    const double rest = std::max(rest_flops / GpuFlops(m), dense_bytes / VramRate(m));
+    const double share = options.share ? CpuShare(model, m, now, all, rest) : 0;
+    const double copy = (1 - share) * all;
+    const double compute = rest + (1 - share) * 2 * now * model.RoutedMacs() / GpuFlops(m);
     p.streamed += std::max(copy, compute);
+    p.shared += share * now / n;
     copies += copy;
     computes += compute;
   }
@@ -178,7 +196,7 @@ int64_t StreamBreakEven(const ModelBytes& model, const MachineFigures& m, const 
     return p.streamed < p.on_cpu;
   };
   constexpr int64_t kMost = int64_t{1} << 20;
-  int64_t no = 0, yes = 1;
+  int64_t no = 64, yes = 65;
   while (!pays(yes)) {
     no = yes;
     if (yes >= kMost) return 0;

@@ -70,16 +70,18 @@ struct PrefillPoint {
   double on_cpu = 0;  // experts on the CPU
   Bound cpu_bound = Bound::kDram;
   double streamed = 0;  // their weights copied to the GPU, pass by pass; 0 without a GPU
+  double shared = 0;    // of those, the part that the CPU computes meanwhile
   Bound stream_bound = Bound::kPcie;
 };
 struct PrefillOptions {
   int64_t chunk = 256;          // tokens of a step, experts on the CPU
   int64_t stream_chunk = 4096;  // tokens of a pass, experts streamed
+  bool share = true;            // some experts of a pass are computed by the CPU
 };
 PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& machine,
                             const PrefillOptions& options, int64_t tokens);
 
-// The shortest prompt that is faster streamed; 0: none up to 2^20 tokens.
+// The shortest prompt that is faster streamed, of those of more than 64 tokens; 0: none up to 2^20 tokens.
 int64_t StreamBreakEven(const ModelBytes& model, const MachineFigures& machine,
                         const PrefillOptions& options);
 

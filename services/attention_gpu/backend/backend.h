@@ -67,6 +67,8 @@ class Backend {
   // So many prompt tokens are better computed in one step, up to max_step_tokens, than in chunks; 0: never.
   // May change with RecoverExperts.
   virtual int32_t long_prompt_tokens() const { return 0; }
+  // Likewise while nobody decodes; not more.
+  virtual int32_t long_prompt_tokens_alone() const { return long_prompt_tokens(); }
 
   // Runs the batch: writes the tokens' cache entries and fills `result`. On error nothing that an earlier
   // step wrote is changed, and the same step may be asked for again: positions already written are written
@@ -77,7 +79,9 @@ class Backend {
   // for other sequences that write other pages, and AwaitLong until it says that it is done or fails. One at
   // a time. What the batch points to must stay until then.
   virtual bool long_beside_others() const { return false; }
-  virtual absl::Status BeginLong(const StepBatch&) { return absl::UnimplementedError("no step beside others"); }
+  virtual absl::Status BeginLong(const StepBatch&) {
+    return absl::UnimplementedError("no step beside others");
+  }
   // True: it is done, and *result is what Step would have given; false: not within `most`. After an error, of
   // the kinds that Step has, there is no such step any more.
   virtual absl::StatusOr<bool> AwaitLong(absl::Duration, StepResult*) {

@@ -114,6 +114,17 @@ class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
     return out;
   }
 
+  absl::StatusOr<std::unique_ptr<ExpertGroup>> Beside(int64_t max_call_tokens) override {
+    ExpertOptions options = options_;
+    options.max_call_tokens = max_call_tokens;
+    options.slots = 1;
+    options.transport = ExpertTransport::kRing;
+    options.attach_patience = absl::Seconds(10);
+    auto group = std::make_unique<ConnectedExperts>(options, config_, fingerprint_);
+    TANDEM_RETURN_IF_ERROR(group->Attach());
+    return group;
+  }
+
   DeviceCalls* device_calls() override {
     for (const Process& p : processes_) {
       if (p.link == nullptr || p.link->client() == nullptr) return nullptr;

@@ -54,6 +54,11 @@ class ExpertGroup {
   virtual absl::StatusOr<std::vector<std::shared_ptr<const ShardWeights>>> MapWeights() {
     return absl::UnimplementedError("the weights of these experts cannot be mapped");
   }
+  // Another way to the same processes, for calls of up to max_call_tokens that are made beside this group's;
+  // a process computes one call after the other. To be made anew after Recover. Any error: it cannot be had.
+  virtual absl::StatusOr<std::unique_ptr<ExpertGroup>> Beside(int64_t /*max_call_tokens*/) {
+    return absl::UnimplementedError("these experts are called one way only");
+  }
   // For a device that calls by itself; null where some process is not called through shared memory. Good
   // until Recover.
   virtual DeviceCalls* device_calls() { return nullptr; }

@@ -31,11 +31,9 @@ absl::StatusOr<StreamPrefill> ParseStreamPrefill(const std::string& text) {
       absl::StrCat("--stream-prefill ", text, ": auto, off or a number of tokens is expected"));
 }
 
-absl::StatusOr<double> TimeExpertCall(ExpertGroup& experts, const model::ModelConfig& c, int64_t tokens) {
-  if (c.num_moe_layers() < 1) return absl::InvalidArgumentError("the model has no routed experts to time");
+std::vector<int32_t> RandomExperts(int64_t tokens, int64_t k, int64_t experts) {
   std::mt19937 random(1);
-  const int64_t k = c.num_experts_per_tok;
-  std::vector<int32_t> all(static_cast<size_t>(c.n_routed_experts)), ids;
+  std::vector<int32_t> all(static_cast<size_t>(experts)), ids;
   std::iota(all.begin(), all.end(), 0);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t i = 0; i < k; ++i) {
@@ -44,6 +42,14 @@ absl::StatusOr<double> TimeExpertCall(ExpertGroup& experts, const model::ModelCo
     }
     ids.insert(ids.end(), all.begin(), all.begin() + k);
   }
+  return ids;
+}
+
+absl::StatusOr<double> TimeExpertCall(ExpertGroup& experts, const model::ModelConfig& c, int64_t tokens) {
+  if (c.num_moe_layers() < 1) return absl::InvalidArgumentError("the model has no routed experts to time");
+  std::mt19937 random(1);
+  const int64_t k = c.num_experts_per_tok;
+  const std::vector<int32_t> ids = RandomExperts(tokens, k, c.n_routed_experts);
   const std::vector<float> weights(ids.size(), 1.0F / static_cast<float>(k));
   std::vector<float> x(static_cast<size_t>(tokens * c.hidden_size)), out(x.size());
   std::uniform_real_distribution<float> values(-1, 1);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "common/model/config.h"
@@ -19,6 +20,10 @@ struct StreamPrefill {
 };
 // "auto", "off" or a number of tokens, 1 at least. InvalidArgument says so.
 absl::StatusOr<StreamPrefill> ParseStreamPrefill(const std::string& text);
+
+// Made-up routing: for each of `tokens` tokens k different ones of the first `experts` experts, at random;
+// the same for the same numbers. [tokens, k]
+std::vector<int32_t> RandomExperts(int64_t tokens, int64_t k, int64_t experts);
 
 // Seconds of one call of `tokens` made-up tokens, each with experts chosen at random: the median of calls to
 // different layers, after one that warms up. The group's own errors.

@@ -67,7 +67,7 @@ Plan Planner::NextLong() {
   ReserveAll(counts);
   int32_t tokens = 0;
   for (size_t i = 0; i < running_.size(); ++i) tokens += counts[i];
-  if (tokens < backend_.long_prompt_tokens()) return plan;  // for want of pages
+  if (tokens < LeastLong()) return plan;  // for want of pages
   for (size_t i = 0; i < running_.size(); ++i) {
     if (counts[i] == 0) continue;
     Add(*running_[i], counts[i], plan);
@@ -223,9 +223,17 @@ int32_t Planner::PromptBudget(int32_t decoding) {
   return std::min(chunk, max_step_tokens_ - decoding);
 }
 
+// Prompt tokens that are worth a large step.
+int32_t Planner::LeastLong() const {
+  for (const auto& s : running_) {
+    if (s->decoding()) return backend_.long_prompt_tokens();
+  }
+  return backend_.long_prompt_tokens_alone();
+}
+
 // What prompts there are to compute is worth a large step.
 bool Planner::LongPrompts() const {
-  const int32_t least = backend_.long_prompt_tokens();
+  const int32_t least = LeastLong();
   if (least <= 0) return false;
   int64_t tokens = 0;
   for (const auto& s : running_) {

@@ -66,6 +66,7 @@ class Planner {
   int32_t PromptBudget(int32_t decoding);
   double UrgencyOf(const Sequence& s) const;
   double Urgency() const;
+  int32_t LeastLong() const;
   bool LongPrompts() const;
   bool WantsPrompt(const Sequence& s) const { return !s.decoding() && !s.apart && !WaitsForNeighbour(s); }
   void Computed(const Plan& plan);

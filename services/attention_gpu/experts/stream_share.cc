@@ -1,0 +1,126 @@
+#include "services/attention_gpu/experts/stream_share.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "services/attention_gpu/experts/expert_group.h"
+
+namespace tandem::attention {
+namespace {
+
+double RestSeconds(const ShareCosts& c, int64_t tokens) {
+  return c.rest + c.rest_token * static_cast<double>(tokens);
+}
+
+double CallSeconds(const ShareCosts& c, int64_t tokens, int64_t experts, int64_t pairs) {
+  return c.call_token * static_cast<double>(tokens) + c.call_expert * static_cast<double>(experts) +
+         c.call_pair * static_cast<double>(pairs);
+}
+
+// Experts that have tokens, those first that the processes should have.
+std::vector<size_t> ByTokens(std::span<const int32_t> counts, const std::vector<bool>& ahead) {
+  std::vector<size_t> order;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    if (counts[e] > 0) order.push_back(e);
+  }
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    if (ahead[a] != ahead[b]) return static_cast<bool>(ahead[b]);
+    return counts[a] != counts[b] ? counts[a] < counts[b] : a > b;
+  });
+  return order;
+}
+
+// Of `experts` experts that share `pairs` evenly: how many tokens each has.
+std::vector<int32_t> Even(int64_t experts, int64_t pairs) {
+  std::vector<int32_t> counts(static_cast<size_t>(experts));
+  for (int64_t e = 0; e < experts; ++e) {
+    counts[static_cast<size_t>(e)] = static_cast<int32_t>((pairs + e) / experts);
+  }
+  return counts;
+}
+
+}  // namespace
+
+absl::StatusOr<StreamShare> ParseStreamShare(const std::string& text) {
+  StreamShare out;
+  if (text == "auto") return out;
+  out.mode = StreamShare::Mode::kOff;
+  if (text == "off") return out;
+  out.mode = StreamShare::Mode::kPercent;
+  if (absl::SimpleAtoi(text, &out.percent) && out.percent >= 0 && out.percent <= 100) return out;
+  return absl::InvalidArgumentError(
+      absl::StrCat("--stream-share ", text, ": auto, off or a number from 0 to 100 is expected"));
+}
+
+double SharedLayerSeconds(const ShareCosts& c, int64_t tokens, int64_t streamed, int64_t ahead,
+                          int64_t shared, int64_t pairs) {
+  const double rest = RestSeconds(c, tokens);
+  const double copies = static_cast<double>(streamed) * c.stream_expert;
+  const double behind = static_cast<double>(std::max<int64_t>(streamed - ahead, 0)) * c.stream_expert;
+  const double bus = std::max(copies, rest + behind);
+  return shared == 0 ? bus : std::max(bus, rest + CallSeconds(c, tokens, shared, pairs));
+}
+
+std::vector<bool> ChooseShared(const ShareCosts& c, int64_t tokens, std::span<const int32_t> counts,
+                               const std::vector<bool>& ahead) {
+  const std::vector<size_t> order = ByTokens(counts, ahead);
+  const auto all = static_cast<int64_t>(order.size());
+  const int64_t before =
+      std::count_if(order.begin(), order.end(), [&](size_t e) { return static_cast<bool>(ahead[e]); });
+  int64_t best = 0, pairs = 0;
+  double seconds = SharedLayerSeconds(c, tokens, all, before, 0, 0);
+  for (int64_t n = 1; n <= all - before; ++n) {
+    pairs += counts[order[static_cast<size_t>(n - 1)]];
+    const double now = SharedLayerSeconds(c, tokens, all - n, before, n, pairs);
+    if (now >= seconds) continue;
+    seconds = now;
+    best = n;
+  }
+  std::vector<bool> shared(counts.size());
+  for (int64_t i = 0; i < best; ++i) shared[order[static_cast<size_t>(i)]] = true;
+  return shared;
+}
+
+std::vector<bool> ChoosePercent(int percent, std::span<const int32_t> counts,
+                                const std::vector<bool>& ahead) {
+  const std::vector<size_t> order = ByTokens(counts, ahead);
+  const size_t n = (order.size() * static_cast<size_t>(percent) + 50) / 100;
+  std::vector<bool> shared(counts.size());
+  for (size_t i = 0; i < n; ++i) shared[order[i]] = true;
+  return shared;
+}
+
+int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
+  const auto experts = static_cast<double>(shape.experts);
+  const double missed = 1 - static_cast<double>(shape.experts_per_token) / experts;
+  // Experts that so many tokens meet when they choose independently.
+  const auto met = [&](int64_t tokens) {
+    return std::max<int64_t>(std::llround(experts * (1 - std::pow(missed, static_cast<double>(tokens)))), 1);
+  };
+  for (int64_t n = kMostExactTokens + 1; n <= shape.most_tokens; ++n) {
+    double calls = 0;
+    for (int64_t at = 0; at < n; at += shape.call_tokens) {
+      const int64_t now = std::min(shape.call_tokens, n - at);
+      calls += RestSeconds(c, now) + c.alone * CallSeconds(c, now, met(now), now * shape.experts_per_token);
+    }
+    const int64_t used = met(n);
+    const std::vector<int32_t> counts = Even(used, n * shape.experts_per_token);
+    std::vector<bool> ahead(counts.size());
+    std::fill_n(ahead.begin(), std::min(used, shape.ahead), true);
+    const std::vector<bool> shared = ChooseShared(c, n, counts, ahead);
+    int64_t given = 0, pairs = 0;
+    for (size_t e = 0; e < counts.size(); ++e) {
+      if (!shared[e]) continue;
+      ++given;
+      pairs += counts[e];
+    }
+    const double seconds = SharedLayerSeconds(c, n, used - given, std::min(used, shape.ahead), given, pairs);
+    if (seconds <= calls) return n;
+  }
+  return std::numeric_limits<int64_t>::max();
+}
+
+}  // namespace tandem::attention

@@ -1,0 +1,61 @@
+// In a streamed layer some experts can be computed by the expert processes while the others' weights come
+// over PCIe: which ones, and what that takes. Arithmetic on counts and on what start-up has measured.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace tandem::attention {
+
+// --stream-share.
+struct StreamShare {
+  enum class Mode { kOff, kAuto, kPercent };
+  Mode mode = Mode::kAuto;
+  int percent = 0;  // kPercent: of a layer's experts that have tokens, 0 to 100
+};
+// "auto", "off" or a number from 0 to 100. InvalidArgument says so.
+absl::StatusOr<StreamShare> ParseStreamShare(const std::string& text);
+
+// Seconds of a layer's parts, measured while copies and processes are both at work: they share the memory's
+// bandwidth.
+struct ShareCosts {
+  double stream_expert = 0;  // an expert's weights over the bus
+  double call_token = 0;     // a token of a call: its activations there, its answer back
+  double call_expert = 0;    // an expert that a call names
+  double call_pair = 0;      // each of that expert's tokens
+  // Everything else of a layer, before the routing is known: so long the processes have nothing to do.
+  double rest = 0, rest_token = 0;
+  // What calls take when nothing is copied, as a share of what they take beside copies.
+  double alone = 1;
+};
+
+// Seconds of a layer in which `streamed` experts come over the bus, `ahead` of which can come before the
+// routing is known, and the processes compute `shared` others, which have `pairs` tokens together.
+double SharedLayerSeconds(const ShareCosts& costs, int64_t tokens, int64_t streamed, int64_t ahead,
+                          int64_t shared, int64_t pairs);
+
+// What the processes compute: shared[e] for each expert, counts[e] its tokens. Those with the fewest tokens,
+// the last first where they have as many, until both sides would end together. Not those that are ahead[e],
+// whose weights are on their way already. A function of its arguments alone.
+std::vector<bool> ChooseShared(const ShareCosts& costs, int64_t tokens, std::span<const int32_t> counts,
+                               const std::vector<bool>& ahead);
+// A percentage of the experts that have tokens, rounded; in the same order, those that are ahead at last.
+std::vector<bool> ChoosePercent(int percent, std::span<const int32_t> counts, const std::vector<bool>& ahead);
+
+// Which prompts there are to be, for a break-even.
+struct ShareShape {
+  int64_t experts = 0;            // of a layer
+  int64_t experts_per_token = 0;  // k
+  int64_t ahead = 0;              // experts copied before the routing is known
+  int64_t call_tokens = 0;        // of a step whose tokens go to the processes instead
+  int64_t most_tokens = 0;        // of a shared step
+};
+// From how many tokens on a layer is faster shared than by calls alone, experts chosen evenly; max() of the
+// type: never. Not below kMostExactTokens + 1 tokens, up to which products are exact.
+int64_t ShareBreakEven(const ShareCosts& costs, const ShareShape& shape);
+
+}  // namespace tandem::attention

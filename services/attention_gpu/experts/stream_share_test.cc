@@ -1,0 +1,127 @@
+#include "services/attention_gpu/experts/stream_share.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace tandem::attention {
+namespace {
+
+using ::testing::ElementsAre;
+
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+TEST(StreamShareTest, Spellings) {
+  EXPECT_EQ(ParseStreamShare("auto")->mode, StreamShare::Mode::kAuto);
+  EXPECT_EQ(ParseStreamShare("off")->mode, StreamShare::Mode::kOff);
+  const auto percent = ParseStreamShare("40");
+  ASSERT_TRUE(percent.ok());
+  EXPECT_EQ(percent->mode, StreamShare::Mode::kPercent);
+  EXPECT_EQ(percent->percent, 40);
+  for (const char* bad : {"", "on", "-1", "101", "4x", "0.5"}) {
+    const auto refused = ParseStreamShare(bad);
+    EXPECT_TRUE(absl::IsInvalidArgument(refused.status())) << bad;
+    EXPECT_THAT(std::string(refused.status().message()), ::testing::HasSubstr("--stream-share"));
+  }
+}
+
+// An R1 layer on a PCIe 5.0 machine.
+ShareCosts Costs() {
+  ShareCosts c;
+  c.stream_expert = 0.52e-3;
+  c.call_expert = 0.6e-3;
+  c.call_pair = 15e-6;
+  c.call_token = 4e-6;
+  c.rest = 1e-3;
+  c.rest_token = 3e-6;
+  return c;
+}
+
+TEST(SharedLayerTest, TheLongerSide) {
+  ShareCosts c;
+  c.stream_expert = 2;
+  c.call_expert = 3;
+  c.call_pair = 0.5;
+  c.call_token = 0.25;
+  c.rest = 1;
+  c.rest_token = 0.125;
+  // The rest is 1 + 8 / 8 = 2.
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 0, 0), 20);  // copies all the time
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 0, 0, 0), 22);  // none before the routing
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 1, 2), 20);  // calls: 2 + 2 + 3 + 1
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 2, 2, 6, 12), 2 + 2 + 18 + 6);
+}
+
+TEST(ChooseSharedTest, BothSidesEndTogetherAndTheLeastAreGivenAway) {
+  const ShareCosts c = Costs();
+  std::vector<int32_t> counts(256, 16);
+  for (size_t e = 100; e < 110; ++e) counts[e] = 2;
+  counts[7] = 0;
+  counts[3] = 1;
+  std::vector<bool> ahead(256);
+  std::fill_n(ahead.begin(), 24, true);
+  const std::vector<bool> shared = ChooseShared(c, 512, counts, ahead);
+  EXPECT_EQ(shared, ChooseShared(c, 512, counts, ahead));
+  int64_t given = 0, pairs = 0;
+  for (size_t e = 0; e < 256; ++e) {
+    if (e < 24 || counts[e] == 0) {
+      EXPECT_FALSE(shared[e]) << e;
+    } else if (counts[e] == 2) {
+      EXPECT_TRUE(shared[e]) << e;
+    }
+    if (!shared[e]) continue;
+    ++given;
+    pairs += counts[e];
+  }
+  EXPECT_TRUE(shared[255]);
+  EXPECT_FALSE(shared[24]);
+  const auto with = [&](int64_t n, int64_t p) { return SharedLayerSeconds(c, 512, 255 - n, 23, n, p); };
+  EXPECT_LE(with(given, pairs), with(given - 1, pairs - 16));
+  EXPECT_LE(with(given, pairs), with(given + 1, pairs + 16));
+  EXPECT_LT(with(given, pairs), 0.65 * with(0, 0));
+}
+
+TEST(ChooseSharedTest, NothingWhereItDoesNotPay) {
+  ShareCosts c = Costs();
+  const std::vector<int32_t> counts(16, 10);
+  const std::vector<bool> none(16), all(16, true);
+  c.call_expert = 1;
+  EXPECT_EQ(ChooseShared(c, 40, counts, none), none);
+  c.call_expert = 0;
+  EXPECT_EQ(ChooseShared(c, 40, counts, all), none);
+  EXPECT_EQ(ChooseShared(c, 40, std::vector<int32_t>(16), none), none);
+}
+
+TEST(ChoosePercentTest, OfThoseWithTokens) {
+  const std::vector<int32_t> counts = {5, 0, 3, 9, 3};
+  const std::vector<bool> ahead = {true, false, false, false, false};
+  EXPECT_THAT(ChoosePercent(0, counts, ahead), ElementsAre(false, false, false, false, false));
+  EXPECT_THAT(ChoosePercent(25, counts, ahead), ElementsAre(false, false, false, false, true));
+  EXPECT_THAT(ChoosePercent(50, counts, ahead), ElementsAre(false, false, true, false, true));
+  EXPECT_THAT(ChoosePercent(75, counts, ahead), ElementsAre(false, false, true, true, true));
+  EXPECT_THAT(ChoosePercent(100, counts, ahead), ElementsAre(true, false, true, true, true));
+}
+
+TEST(ShareBreakEvenTest, FromFewerTokensOnThanCopiesAlone) {
+  ShareCosts c = Costs();
+  c.call_expert = 0.3e-3;
+  c.alone = 0.9;
+  const ShareShape shape{256, 8, 24, 512, 4096};
+  const int64_t shared = ShareBreakEven(c, shape);
+  EXPECT_GE(shared, 65);
+  EXPECT_LT(shared, 150);
+  // Where the processes are of no use to it, it is a matter of copies alone.
+  ShareShape all_ahead = shape;
+  all_ahead.ahead = 256;
+  const int64_t copies = ShareBreakEven(c, all_ahead);
+  EXPECT_GT(copies, shared);
+  EXPECT_LT(copies, 600);
+  // Nothing beats processes that take no time.
+  c.call_expert = c.call_pair = c.call_token = c.rest = c.rest_token = 0;
+  EXPECT_EQ(ShareBreakEven(c, shape), kNever);
+}
+
+}  // namespace
+}  // namespace tandem::attention
