@@ -30,10 +30,14 @@ fi
 [ -n "$files" ] || { echo "tidy.sh: no source to look at" >&2; exit 2; }
 
 found=$(mktemp)
-trap 'rm -f "$found"' EXIT
+commands=$(mktemp -d)
+trap 'rm -rf "$found" "$commands"' EXIT
+# Flags that only gcc knows would be errors.
+sed 's/ -fno-var-tracking[a-z-]*//g; s/ -Wno-maybe-uninitialized//g' "$build/compile_commands.json" \
+  > "$commands/compile_commands.json"
 # A program's output in one piece: several run at a time.
 echo "$files" | xargs -P "${TIDY_JOBS:-$(nproc)}" -I{} sh -c \
-  'said=$(clang-tidy -p "$1" --quiet "$2" 2> /dev/null); [ -z "$said" ] || printf "%s\n" "$said"' _ "$build" {} \
+  'said=$(clang-tidy -p "$1" --quiet "$2" 2> /dev/null); [ -z "$said" ] || printf "%s\n" "$said"' _ "$commands" {} \
   > "$found" || true
 # What the analyzer says of libraries' own headers is theirs.
 awk -v root="$PWD/" '

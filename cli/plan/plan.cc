@@ -148,7 +148,7 @@ absl::StatusOr<Prediction> Predict(const PlanOptions& o, const Questions& q) {
 }
 
 std::string Milliseconds(double seconds) {
-  return absl::StrFormat(seconds < 0.01 ? "%.2f" : "%.1f", 1e3 * seconds);
+  return seconds < 0.01 ? absl::StrFormat("%.2f", 1e3 * seconds) : absl::StrFormat("%.1f", 1e3 * seconds);
 }
 
 std::string Number(double value) {

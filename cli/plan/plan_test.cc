@@ -50,6 +50,11 @@ MachineFigures SmallMachine() {
   return m;
 }
 
+std::string Bundled() {
+  const char* source = std::getenv("TANDEM_SOURCE_DIR");
+  return std::string(source != nullptr ? source : ".") + "/models/tinyr1-Q4_K_M.gguf";
+}
+
 TEST(Predict, OneRequest) {
   const DecodePoint p = PredictDecode(SmallModel(), SmallMachine(), KvType::kBf16, 1, 1000);
   EXPECT_NEAR(p.distinct, 2, 1e-12);
@@ -190,8 +195,7 @@ TEST(ModelBytes, R1) {
 }
 
 TEST(ModelBytes, TheDemoModelsFile) {
-  const auto file = gguf::File::Open(
-      std::string(std::getenv("TANDEM_SOURCE_DIR")) + "/models/tinyr1-Q4_K_M.gguf", {.map_data = false});
+  const auto file = gguf::File::Open(Bundled(), {.map_data = false});
   ASSERT_TRUE(file.ok()) << file.status();
   const auto m = BytesOfFile(**file);
   ASSERT_TRUE(m.ok()) << m.status();
@@ -283,7 +287,7 @@ TEST(Plan, JsonSaysTheSame) {
 
 TEST(Plan, AFileAndNoGpu) {
   PlanOptions options;
-  options.model = std::string(std::getenv("TANDEM_SOURCE_DIR")) + "/models/tinyr1-Q4_K_M.gguf";
+  options.model = Bundled();
   options.gpu = false;
   const Result r = Plan(options);
   ASSERT_EQ(r.code, 0) << r.err;

@@ -15,8 +15,6 @@
 namespace tandem::shm {
 namespace {
 
-using ::testing::HasSubstr;
-
 RegionShape Shape(uint32_t slots) { return {slots, 16, 4, 32}; }
 
 class CallTest : public ::testing::TestWithParam<uint32_t> {

@@ -100,7 +100,7 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     TANDEM_ASSIGN_OR_RETURN(
         std::unique_ptr<RingSessions> rings,
         RingSessions::Start(options, [this](const absl::StatusOr<Call>& call, std::span<uint8_t> answer) {
-          const absl::StatusOr<CallStatistics> done = call.ok() ? Compute(*call, answer) : call.status();
+          absl::StatusOr<CallStatistics> done = call.ok() ? Compute(*call, answer) : call.status();
           Count(done);
           return done;
         }));

@@ -38,7 +38,7 @@ class SpiedExperts : public attention::ExpertGroup {
     return experts_->Start(c);
   }
   absl::Status Finish(float* out) override {
-    const absl::Status status = experts_->Finish(out);
+    absl::Status status = experts_->Finish(out);
     if (static_cast<int>(spy_.calls.size()) == spy_.change + 1) {
       for (int64_t i = 0; i < values_; ++i) out[i] += i % 2 == 0 ? 0.5f : -0.5f;
     }

@@ -217,7 +217,7 @@ absl::Status EnginePool::status() const {
   }
   for (const auto& member : members_) {
     if (member->retired) continue;
-    const absl::Status status = member->engine->status();
+    absl::Status status = member->engine->status();
     if (status.ok()) return status;
     reasons.push_back(absl::StrCat("engine ", member->engine->address(), ": ", status.message()));
   }

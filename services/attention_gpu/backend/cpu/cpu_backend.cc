@@ -20,7 +20,6 @@ namespace {
 
 using kernels::Activations;
 using kernels::Matrix;
-using kernels::Precision;
 
 // One of several products of the same activations: y[t * ldy + row].
 struct Product {
