@@ -4,6 +4,7 @@
 #include <cstring>
 #include <thread>
 
+#include "common/kernels/activations.h"
 #include "common/model/expert_sum.h"
 #include "common/quant/quant.h"
 
@@ -72,8 +73,7 @@ ExactExperts::ExactExperts(threading::ThreadPool& pool, threading::Claims& claim
     : pool_(pool),
       up_claims_(claims),
       down_claims_(pool.threads()),
-      precision_(precision),
-      gather_(precision == kernels::Precision::kFast && kernels::ActiveIsa() == kernels::Isa::kAmx) {}
+      precision_(precision) {}
 
 void ExactExperts::Forward(const ShardLayer& layer, const Grouping& grouping, int64_t n_tokens,
                            std::span<const uint8_t> activations, bool is_bf16, const AnswerTo& answer) {
@@ -119,6 +119,11 @@ void ExactExperts::ReserveInput(const Job& job) {
   x_activations_.Assign(x_.data(), job.n_tokens, job.hidden());
   gate_form_ = x_activations_.Reserve(job.layer.gate.type, precision_);
   up_form_ = x_activations_.Reserve(job.layer.up.type, precision_);
+  const auto quantized = [](gguf::TensorType type) {
+    return kernels::FormFor(type) != kernels::ActivationForm::kFloat;
+  };
+  gather_ = precision_ == kernels::Precision::kFast && kernels::ActiveIsa() == kernels::Isa::kAmx &&
+            quantized(job.layer.gate.type) && quantized(job.layer.up.type);
   input_begun_.store(0, std::memory_order_relaxed);
   input_ready_.store(0, std::memory_order_relaxed);
 }

@@ -49,7 +49,7 @@ class ExactExperts {
   threading::Claims& up_claims_;
   threading::Claims down_claims_;
   const kernels::Precision precision_;
-  const bool gather_;  // activations of an expert's tokens are copied together
+  bool gather_ = false;  // this call: activations of an expert's tokens are copied together
 
   std::vector<float> x_;  // [n_tokens, hidden]
   kernels::Activations x_activations_;
