@@ -83,6 +83,7 @@ class CpuBackend : public Backend {
     Embed(batch);
     for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {
       Attention(layer);
+      if (n_ == 0) break;
       TANDEM_RETURN_IF_ERROR(FeedForward(layer, batch.want_logits ? result : nullptr));
     }
     Output(batch, result);
@@ -106,6 +107,14 @@ class CpuBackend : public Backend {
     defers_.clear();
     if (options_.defer_experts > 0 && HasGeneratedTokens(batch)) {
       for (const Row& row : rows_) defers_.push_back(row.position >= row.sequence->generated_from ? 1 : 0);
+    }
+    wanted_.clear();
+    if (batch.want_logits) {
+      for (int64_t t = 0; t < n_; ++t) wanted_.push_back(t);
+    } else {
+      for (const StepSequence& s : batch.sequences) {
+        if (s.sample) wanted_.push_back(s.first + s.count - 1);
+      }
     }
     const int64_t pairs = c_.qk_rope_head_dim / 2;
     rope_.resize(n_ * pairs * 2);
@@ -270,33 +279,66 @@ class CpuBackend : public Backend {
             attended_.data() + (begin * heads + head) * v, v, heads * v, s.acts);
   }
 
+  // From kv_ to the cache.
+  void StoreLatents(int64_t layer) {
+    const int64_t lora = c_.kv_lora_rank, rope = c_.qk_rope_head_dim;
+    ForTokens([&](int64_t t) {
+      float* entry = cache_.Entry(layer, rows_[t].sequence->pages, rows_[t].position);
+      float* kv = kv_.data() + t * c_.latent_dim();
+      kernels::RmsNorm(kv, weights_.layers[layer].kv_a_norm, static_cast<float>(c_.rms_norm_eps), entry,
+                       lora);
+      Rotate(kv + lora, t);
+      std::memcpy(entry + lora, kv + lora, rope * sizeof(float));
+    });
+  }
+
+  // Of the last layer's results only those are needed that logits come from: the other tokens end here, with
+  // their latents in the cache.
+  void KeepWanted(int64_t layer) {
+    const auto keep = [this](auto& values, int64_t each) {
+      std::remove_reference_t<decltype(values)> kept;
+      for (int64_t t : wanted_)
+        kept.insert(kept.end(), values.begin() + t * each, values.begin() + (t + 1) * each);
+      std::copy(kept.begin(), kept.end(), values.begin());
+    };
+    keep(x_, c_.hidden_size);
+    keep(normed_, c_.hidden_size);
+    keep(rope_, c_.qk_rope_head_dim);
+    keep(rows_, 1);
+    if (Defers(layer - 1)) keep(deferred_, c_.hidden_size);
+    if (!defers_.empty()) keep(defers_, 1);
+    n_ = static_cast<int64_t>(wanted_.size());
+    for (int64_t t = 0; t < n_; ++t) wanted_[t] = t;
+  }
+
   // x += attention(norm(x))
   void Attention(int64_t layer) {
     const CpuLayer& w = weights_.layers[layer];
-    const int64_t hidden = c_.hidden_size, heads = c_.num_attention_heads, lora = c_.kv_lora_rank;
-    const int64_t rope = c_.qk_rope_head_dim, qk = c_.qk_head_dim();
-    const int64_t width = c_.latent_dim(), v = c_.v_head_dim;
+    const int64_t hidden = c_.hidden_size, heads = c_.num_attention_heads;
+    const int64_t qk = c_.qk_head_dim(), width = c_.latent_dim(), v = c_.v_head_dim;
     NormRows(x_.data(), w.attn_norm, hidden, normed_.data());
 
     q_.resize(n_ * heads * qk);
     kv_.resize(n_ * width);
-    if (c_.q_lora_rank > 0) {
-      q_a_.resize(n_ * c_.q_lora_rank);
-      PrepareAndRun(normed_.data(), hidden,
-                    {{&w.q_a, q_a_.data(), c_.q_lora_rank}, {&w.kv_a, kv_.data(), width}});
+    const bool compressed = c_.q_lora_rank > 0;
+    if (compressed) q_a_.resize(n_ * c_.q_lora_rank);
+    const Product query =
+        compressed ? Product{&w.q_a, q_a_.data(), c_.q_lora_rank} : Product{&w.q, q_.data(), heads * qk};
+    const Product latents = {&w.kv_a, kv_.data(), width};
+    if (layer + 1 == c_.num_hidden_layers && static_cast<int64_t>(wanted_.size()) < n_) {
+      PrepareAndRun(normed_.data(), hidden, {latents});
+      StoreLatents(layer);
+      KeepWanted(layer);
+      if (n_ == 0) return;
+      PrepareAndRun(normed_.data(), hidden, {query});
+    } else {
+      PrepareAndRun(normed_.data(), hidden, {query, latents});
+      StoreLatents(layer);
+    }
+    if (compressed) {
       NormRows(q_a_.data(), w.q_a_norm, c_.q_lora_rank, q_a_.data());
       PrepareAndRun(q_a_.data(), c_.q_lora_rank, {{&w.q_b, q_.data(), heads * qk}});
-    } else {
-      PrepareAndRun(normed_.data(), hidden, {{&w.q, q_.data(), heads * qk}, {&w.kv_a, kv_.data(), width}});
     }
-
-    ForTokens([&](int64_t t) {
-      float* entry = cache_.Entry(layer, rows_[t].sequence->pages, rows_[t].position);
-      float* kv = kv_.data() + t * width;
-      kernels::RmsNorm(kv, w.kv_a_norm, static_cast<float>(c_.rms_norm_eps), entry, lora);
-      Rotate(kv + lora, t);
-      std::memcpy(entry + lora, kv + lora, rope * sizeof(float));
-    });
 
     attended_.resize(n_ * heads * v);
     // Blocks of tokens so large that decoding k_b and v_b for each of them costs little, heads as many as
@@ -411,25 +453,15 @@ class CpuBackend : public Backend {
   // Logits of the rows that are asked for, and the tokens chosen from them.
   void Output(const StepBatch& batch, StepResult* result) {
     const int64_t hidden = c_.hidden_size, vocab = c_.vocab_size;
-    std::vector<int64_t> wanted;
-    if (batch.want_logits) {
-      for (int64_t t = 0; t < n_; ++t) wanted.push_back(t);
-    } else {
-      for (const StepSequence& s : batch.sequences) {
-        if (s.sample) wanted.push_back(s.first + s.count - 1);
-      }
-    }
     result->sampled.resize(batch.sequences.size());
-    if (wanted.empty()) return;
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      kernels::RmsNorm(x_.data() + wanted[i] * hidden, weights_.output_norm,
+    if (wanted_.empty()) return;
+    for (size_t i = 0; i < wanted_.size(); ++i) {
+      kernels::RmsNorm(x_.data() + wanted_[i] * hidden, weights_.output_norm,
                        static_cast<float>(c_.rms_norm_eps), normed_.data() + i * hidden, hidden);
     }
-    const int64_t all = n_;
-    n_ = static_cast<int64_t>(wanted.size());
+    n_ = static_cast<int64_t>(wanted_.size());
     logits_.resize(n_ * vocab);
     PrepareAndRun(normed_.data(), hidden, {{&weights_.head, logits_.data(), vocab}});
-    n_ = all;
     if (batch.want_logits) result->logits = logits_;
 
     std::vector<std::pair<size_t, int64_t>> draws;  // sequence, row of logits_
@@ -459,9 +491,10 @@ class CpuBackend : public Backend {
   std::vector<float> frequencies_;
   float scale_ = 0;
 
-  // The step in hand. [n, ...], rows in the order of StepBatch::tokens.
+  // The step in hand. [n, ...], rows in the order of StepBatch::tokens; in the last layer the wanted ones.
   int64_t n_ = 0;
   std::vector<Row> rows_;
+  std::vector<int64_t> wanted_;        // rows whose logits are asked for
   std::vector<int32_t> defers_;        // [n], not 0: the token defers; empty: none does
   std::vector<float> rope_;            // [n, rope / 2, (cos, sin)]
   std::vector<float> x_, normed_;      // [n, hidden]
