@@ -46,6 +46,9 @@ void AddServeFlags(Command& command, ServeOptions* o) {
       .Text("stream-prefill", &o->stream_prefill,
             "Prompts of so many tokens take the experts' weights to the GPU: auto, off or a number (default "
             "auto: where it is faster; needs weights in shared memory)")
+      .Text("stream-share", &o->stream_share,
+            "Of such prompts' experts, those that the CPU computes meanwhile: auto, off or a percentage "
+            "(default auto: by what start-up measures)")
       .Text("arena", &o->arena,
             "Memory of the experts' weights: auto, hugetlb, shared-huge, shared or private (default auto)")
       .Text("expert-groups", &o->expert_groups,

@@ -32,6 +32,7 @@ struct ServeOptions {
   std::string kv_cache_type = "bf16";
   int64_t defer_experts = 0;   // of a token's, added a layer later
   std::string stream_prefill;  // empty: the engine's default
+  std::string stream_share;    // empty: the engine's default
   std::string arena;           // of the expert processes; empty: their default
   std::string expert_groups = "auto";
   std::string precision = "fast";

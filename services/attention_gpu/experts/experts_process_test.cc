@@ -160,6 +160,36 @@ TEST_F(ExpertsProcessTest, WithoutARingAutoGoesInBand) {
   EXPECT_THAT(std::string(forced.status().message()), HasSubstr("no shared-memory ring"));
 }
 
+// Two ways to the same processes at once, with the same bits; one of them lives without the other.
+TEST_F(ExpertsProcessTest, AnotherGroupBesideThisOne) {
+  const auto first = StartExpert(0, {"--experts", "0-7"}), second = StartExpert(1, {"--experts", "7-16"});
+  auto group = Connect(2, ExpertTransport::kAuto);
+  ASSERT_TRUE(group.ok()) << group.status();
+  auto beside = (*group)->Beside(200);
+  ASSERT_TRUE(beside.ok()) << beside.status();
+  EXPECT_NE((*beside)->device_calls(), nullptr);
+  const auto want = Call(**group, 64, 3), many = Call(**beside, 200, 4);
+  ASSERT_TRUE(want.ok() && many.ok()) << want.status() << many.status();
+  EXPECT_TRUE(absl::IsInvalidArgument(Call(**group, 65, 1).status()));
+  std::thread other([&] {
+    for (int i = 0; i < 20; ++i) {
+      const auto got = Call(**beside, 200, 4);
+      ASSERT_TRUE(got.ok()) << got.status();
+      EXPECT_EQ(*got, *many);
+    }
+  });
+  for (int i = 0; i < 50; ++i) {
+    const auto got = Call(**group, 64, 3);
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_EQ(*got, *want);
+  }
+  other.join();
+  group->reset();
+  const auto alone = Call(**beside, 64, 3);
+  ASSERT_TRUE(alone.ok()) << alone.status();
+  EXPECT_EQ(*alone, *want);
+}
+
 TEST_F(ExpertsProcessTest, ExpertKilledAtEachStageComesBack) {
   auto expert = StartExpert(0);
   auto group = Connect(1, ExpertTransport::kRing);

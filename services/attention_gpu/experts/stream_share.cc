@@ -42,6 +42,13 @@ std::vector<int32_t> Even(int64_t experts, int64_t pairs) {
   return counts;
 }
 
+// Experts that so many tokens meet when they choose independently.
+int64_t Met(const ShareShape& shape, int64_t tokens) {
+  const auto experts = static_cast<double>(shape.experts);
+  const double missed = 1 - static_cast<double>(shape.experts_per_token) / experts;
+  return std::max<int64_t>(std::llround(experts * (1 - std::pow(missed, static_cast<double>(tokens)))), 1);
+}
+
 }  // namespace
 
 absl::StatusOr<StreamShare> ParseStreamShare(const std::string& text) {
@@ -93,20 +100,18 @@ std::vector<bool> ChoosePercent(int percent, std::span<const int32_t> counts,
   return shared;
 }
 
+double SharedCallSeconds(const ShareCosts& c, const ShareShape& shape, int64_t tokens) {
+  return CallSeconds(c, tokens, Met(shape, tokens), tokens * shape.experts_per_token);
+}
+
 int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
-  const auto experts = static_cast<double>(shape.experts);
-  const double missed = 1 - static_cast<double>(shape.experts_per_token) / experts;
-  // Experts that so many tokens meet when they choose independently.
-  const auto met = [&](int64_t tokens) {
-    return std::max<int64_t>(std::llround(experts * (1 - std::pow(missed, static_cast<double>(tokens)))), 1);
-  };
   for (int64_t n = kMostExactTokens + 1; n <= shape.most_tokens; ++n) {
     double calls = 0;
     for (int64_t at = 0; at < n; at += shape.call_tokens) {
       const int64_t now = std::min(shape.call_tokens, n - at);
-      calls += RestSeconds(c, now) + c.alone * CallSeconds(c, now, met(now), now * shape.experts_per_token);
+      calls += RestSeconds(c, now) + c.alone * SharedCallSeconds(c, shape, now);
     }
-    const int64_t used = met(n);
+    const int64_t used = Met(shape, n);
     const std::vector<int32_t> counts = Even(used, n * shape.experts_per_token);
     std::vector<bool> ahead(counts.size());
     std::fill_n(ahead.begin(), std::min(used, shape.ahead), true);

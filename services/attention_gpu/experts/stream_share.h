@@ -54,6 +54,8 @@ struct ShareShape {
   int64_t call_tokens = 0;        // of a step whose tokens go to the processes instead
   int64_t most_tokens = 0;        // of a shared step
 };
+// Seconds of a call of so many tokens with experts chosen evenly, beside copies.
+double SharedCallSeconds(const ShareCosts& costs, const ShareShape& shape, int64_t tokens);
 // From how many tokens on a layer is faster shared than by calls alone, experts chosen evenly; max() of the
 // type: never. Not below kMostExactTokens + 1 tokens, up to which products are exact.
 int64_t ShareBreakEven(const ShareCosts& costs, const ShareShape& shape);

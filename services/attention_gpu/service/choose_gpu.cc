@@ -8,6 +8,16 @@
 #include "common/telemetry/log.h"
 
 namespace tandem::attention {
+namespace {
+
+// What comes over PCIe 5.0 while an H100 computes the attention of a layer of R1: about as much as the least
+// for 4096 tokens, for more of them so much for each. More than the most is of no use: then the GPU's own
+// work takes longer than the copies.
+constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
+constexpr uint64_t kStreamBytesAToken = 187'500;
+constexpr int64_t kFewStreamTokens = 4096;
+
+}  // namespace
 
 absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, const gguf::File& file,
                                                             const model::ModelConfig& c,
@@ -29,6 +39,11 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   }
   wanted.vram_limit = static_cast<uint64_t>(o.vram_gb * 1e9);
   absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
+  if (absl::IsResourceExhausted(plan.status()) && o.stream_buffer_mb == 0 &&
+      wanted.stream_buffer_bytes > kLeastStreamBytes) {
+    wanted.stream_buffer_bytes = kLeastStreamBytes;
+    plan = PlanCuda(file, c, wanted);
+  }
   if (absl::IsResourceExhausted(plan.status()) && wanted.stream_prefill.mode == StreamPrefill::Mode::kAuto) {
     wanted.stream_prefill.mode = StreamPrefill::Mode::kOff;
     plan = PlanCuda(file, c, wanted);
@@ -45,6 +60,12 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   if (!automatic) return Annotate(plan.status(), absl::StrCat("--gpu ", o.gpu));
   spdlog::info("no GPU is used: {}", std::string(plan.status().message()));
   return std::nullopt;
+}
+
+uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens) {
+  if (megabytes > 0) return static_cast<uint64_t>(megabytes) * 1'000'000;
+  if (step_tokens <= kFewStreamTokens) return kLeastStreamBytes;
+  return std::min(kStreamBytesAToken * static_cast<uint64_t>(step_tokens), kMostStreamBytes);
 }
 
 int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most) {

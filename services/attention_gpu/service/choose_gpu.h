@@ -19,6 +19,10 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& optio
                                                             const model::ModelConfig& config,
                                                             CudaBackendOptions wanted, int32_t most_pages);
 
+// GPU memory for weights on their way: so many 10^6 bytes; 0: what is copied while attention of a step of so
+// many tokens runs.
+uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens);
+
 // How many pages, from `least` (of which `plan` is) to `most`, fit with a tenth of what is left to spare.
 int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most);
 

@@ -31,5 +31,13 @@ TEST(PagesThatFit, NeverLessThanTheLeast) {
   EXPECT_EQ(PagesThatFit(CudaPlan(), 100, 5000), 100);
 }
 
+TEST(StreamBufferBytes, AsAskedForOrByTheStep) {
+  EXPECT_EQ(StreamBufferBytes(5, 4096), 5'000'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 512), 640'000'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 4096), 640'000'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 16384), 3'072'000'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 1 << 20), 6'144'000'000u);
+}
+
 }  // namespace
 }  // namespace tandem::attention

@@ -7,6 +7,7 @@
 
 #include "common/flags/sources.h"
 #include "services/attention_gpu/experts/stream_break_even.h"
+#include "services/attention_gpu/experts/stream_share.h"
 
 namespace tandem::attention {
 
@@ -65,12 +66,22 @@ ParsedOptions ParseOptions(int argc, char** argv) {
         return parsed.ok() ? std::string() : std::string(parsed.status().message());
       })
       ->capture_default_str();
+  app.add_option("--stream-share", o.stream_share,
+                 "of such prompts' experts, those that the processes compute while the others' weights come: "
+                 "auto: by what start-up measures, none while others decode; a percentage, always; off: none")
+      ->check([](const std::string& text) {
+        const auto parsed = ParseStreamShare(text);
+        return parsed.ok() ? std::string() : std::string(parsed.status().message());
+      })
+      ->capture_default_str();
   app.add_option("--stream-chunk-size", o.stream_chunk_size, "prompt tokens of a step that streams")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
-  app.add_option("--stream-buffer-mb", o.stream_buffer_mb,
-                 "10^6 bytes of GPU memory for the experts' weights on their way")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+  app.add_option(
+         "--stream-buffer-mb", o.stream_buffer_mb,
+         "10^6 bytes of GPU memory for the experts' weights on their way; 0: 640 for steps of up to 4096 "
+         "tokens, more for larger ones where there is room")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->capture_default_str();
   app.add_option("--cpus", o.cpus, "pin the threads to these CPUs, such as 0-7,16");
   app.add_option("--threads", o.threads, "compute threads; 0: one per allowed CPU")

@@ -56,15 +56,16 @@ int32_t StepTokens(const model::ModelConfig& c, const CudaBackendOptions& o) {
   return Streams(c, o) ? std::max(o.max_step_tokens, o.stream_step_tokens) : o.max_step_tokens;
 }
 
+cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o, int32_t tokens) {
+  return cuda::Workspace(c, tokens, int64_t{o.page_count} * o.page_tokens);
+}
+
 cuda::StreamOptions StreamOptionsFor(const model::ModelConfig& c, const CudaBackendOptions& o) {
   cuda::StreamOptions s;
   s.max_tokens = StepTokens(c, o);
   s.buffer_bytes = o.stream_buffer_bytes;
+  s.scratch_bytes = WorkspaceFor(c, o, StepTokens(c, o)).scratch_bytes();  // a long step's own
   return s;
-}
-
-cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o, int32_t tokens) {
-  return cuda::Workspace(c, tokens, int64_t{o.page_count} * o.page_tokens);
 }
 
 uint64_t WorkspaceBytes(const model::ModelConfig& c, const CudaBackendOptions& o) {
@@ -128,16 +129,27 @@ class CudaBackend : public Backend {
       ChooseBell();
     }
     if (Streams(c_, options_)) {
-      cuda::StreamedPrefill::Options s;
-      s.when = options_.stream_prefill;
-      s.stream = StreamOptionsFor(c_, options_);
-      s.call_tokens = options_.max_step_tokens;
-      streamed_ = std::make_unique<cuda::StreamedPrefill>(c_, *experts_, s);
-      streamed_->Open();
       long_ = std::make_unique<cuda::LongStep>(c_, *weights_, cache_, StepTokens(c_, options_),
                                                int64_t{options_.page_count} * options_.page_tokens,
                                                options_.device);
       TANDEM_RETURN_IF_ERROR(long_->Allocate(StepTokens(c_, options_), Pairs(), options_.page_count));
+      cuda::StreamedPrefill::Options s;
+      s.when = options_.stream_prefill;
+      s.share = options_.stream_share;
+      s.stream = StreamOptionsFor(c_, options_);
+      s.stream.scratch = long_->work().scratch();  // between a layer's shared expert and the next layer
+      s.call_tokens = options_.max_step_tokens;
+      if (bell_ != nullptr) s.bell = bell_->kind();
+      s.device = options_.device;
+      s.time_rest = [this](int64_t tokens) { return TimeWithoutExperts(tokens); };
+      s.rest_most = std::min({int64_t{StepTokens(c_, options_)}, cuda::StreamedPrefill::kMostSharedTokens,
+                              int64_t{options_.page_count} * options_.page_tokens});
+      s.normed = long_->work().normed;
+      s.x = long_->work().x;
+      s.ids = long_->work().expert_ids;
+      s.weights = long_->work().expert_weights;
+      streamed_ = std::make_unique<cuda::StreamedPrefill>(c_, *experts_, s);
+      streamed_->Open();
     }
     return CaptureAll();
   }
@@ -146,9 +158,8 @@ class CudaBackend : public Backend {
   int32_t page_tokens() const override { return options_.page_tokens; }
   int32_t page_count() const override { return options_.page_count; }
   int32_t max_step_tokens() const override { return StepTokens(c_, options_); }
-  int32_t long_prompt_tokens() const override {
-    return streamed_ != nullptr ? static_cast<int32_t>(streamed_->from_tokens()) : 0;
-  }
+  int32_t long_prompt_tokens() const override { return LongPromptTokens(/*beside=*/true); }
+  int32_t long_prompt_tokens_alone() const override { return LongPromptTokens(/*beside=*/false); }
 
   absl::Status RecoverExperts(absl::Duration patience) override {
     if (experts_ == nullptr) return absl::OkStatus();
@@ -179,6 +190,8 @@ class CudaBackend : public Backend {
     *result = StepResult();
     result->sampled.resize(batch.sequences.size());
     if (n == 0) return absl::OkStatus();
+    used_ = true;
+    const OtherStep other(streamed_.get());
     // The caller's thread may be another one than Init's.
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
     const double cpu = ThreadSeconds();
@@ -213,7 +226,7 @@ class CudaBackend : public Backend {
     return status;
   }
 
-  bool long_beside_others() const override { return long_prompt_tokens() > 0; }
+  bool long_beside_others() const override { return long_prompt_tokens_alone() > 0; }
 
   absl::Status BeginLong(const StepBatch& batch) override {
     TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, max_step_tokens()));
@@ -221,7 +234,9 @@ class CudaBackend : public Backend {
       return absl::InvalidArgumentError("not a step to be streamed");
     }
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
-    return long_->Begin(batch, frequencies_, options_.page_tokens, [this] { return streamed_->Begin(); });
+    used_ = true;
+    return long_->Begin(batch, frequencies_, options_.page_tokens,
+                        {[this] { return streamed_->Begin(); }, [this] { return streamed_->End(); }});
   }
 
   absl::StatusOr<bool> AwaitLong(absl::Duration most, StepResult* result) override {
@@ -261,6 +276,57 @@ class CudaBackend : public Backend {
   }
 
  private:
+  // A step that is none of streamed_'s.
+  class OtherStep {
+   public:
+    explicit OtherStep(cuda::StreamedPrefill* streamed) : streamed_(streamed) {
+      if (streamed_ != nullptr) streamed_->OthersBegin();
+    }
+    ~OtherStep() {
+      if (streamed_ != nullptr) streamed_->OthersEnd();
+    }
+    OtherStep(const OtherStep&) = delete;
+    OtherStep& operator=(const OtherStep&) = delete;
+
+   private:
+    cuda::StreamedPrefill* const streamed_;
+  };
+  // Routed experts that nobody computes.
+  class NoExperts : public cuda::RoutedExperts {
+   public:
+    absl::Status Ask(const cuda::RoutedCall&, cudaStream_t) override { return absl::OkStatus(); }
+    absl::Status Add(const cuda::RoutedCall&, cudaStream_t) override { return absl::OkStatus(); }
+  };
+
+  int32_t LongPromptTokens(bool beside) const {
+    return streamed_ != nullptr ? static_cast<int32_t>(streamed_->from_tokens(beside)) : 0;
+  }
+
+  // Seconds of the layers of a prompt of so many tokens, but for its routed experts. Writes to the cache, so
+  // only as long as nobody has anything there.
+  absl::StatusOr<double> TimeWithoutExperts(int64_t tokens) {
+    if (used_) return absl::FailedPreconditionError("the KV cache is in use");
+    NoExperts none;
+    StepBatch batch;
+    batch.tokens.assign(static_cast<size_t>(tokens), 0);
+    std::vector<int32_t> pages;
+    while (static_cast<int64_t>(pages.size()) * options_.page_tokens < tokens) {
+      pages.push_back(static_cast<int32_t>(pages.size()));
+    }
+    StepSequence& s = batch.sequences.emplace_back();
+    s.count = static_cast<int32_t>(tokens);
+    s.pages = pages;
+    double seconds = 0;
+    for (int i = 0; i < 2; ++i) {  // the first may load kernels
+      const absl::Time begin = absl::Now();
+      TANDEM_RETURN_IF_ERROR(long_->Begin(batch, frequencies_, options_.page_tokens,
+                                          {[&none] { return &none; }, [] { return absl::OkStatus(); }}));
+      TANDEM_RETURN_IF_ERROR(*long_->Await(absl::InfiniteDuration()));
+      seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+    }
+    return seconds;
+  }
+
   // A page's rows of one layer.
   int64_t PageRow() const { return options_.page_tokens * CacheRowBytes(c_, options_); }
   uint8_t* LayerOf(int32_t page) const { return cache_.data + page * PageRow(); }
@@ -426,13 +492,13 @@ class CudaBackend : public Backend {
   // Whether the step's experts are streamed: it has the tokens that are worth it, and the routing is not
   // asked for, which stays on the device then.
   bool Stream(const StepBatch& batch) const {
-    if (streamed_ == nullptr || streamed_->from_tokens() == 0 || batch.want_logits || long_->active()) {
-      return false;
-    }
+    if (streamed_ == nullptr || !streamed_->open() || batch.want_logits || long_->active()) return false;
     const auto n = static_cast<int64_t>(batch.tokens.size());
     if (batch.tokens.size() == batch.sequences.size()) return false;  // decodes
     if (n > options_.max_step_tokens) return true;
-    return n >= streamed_->from_tokens() && (options_.defer_experts == 0 || !HasGeneratedTokens(batch));
+    const bool decodes = HasGeneratedTokens(batch);
+    const int64_t least = streamed_->from_tokens(decodes);
+    return least > 0 && n >= least && (options_.defer_experts == 0 || !decodes);
   }
 
   // Experts that the step's generated tokens defer. A graph is made for steps that have some, and good for
@@ -499,6 +565,7 @@ class CudaBackend : public Backend {
   cudaStream_t stream_ = nullptr;
   cudaEvent_t done_ = nullptr;
   absl::Duration last_graph_;
+  bool used_ = false;  // a step has written to the cache
   std::vector<float> frequencies_;
   uint64_t graph_steps_ = 0, launched_steps_ = 0;
   double graph_cpu_seconds_ = 0;  // of the calling threads, until a graph was launched
@@ -538,7 +605,10 @@ absl::StatusOr<CudaPlan> PlanCuda(const gguf::File& file, const model::ModelConf
   const auto cache = CheckedMul<int64_t>(token_bytes, int64_t{o.page_count} * o.page_tokens);
   if (!cache) return absl::InvalidArgumentError("the KV cache's size is out of range");
   plan.cache = static_cast<uint64_t>(*cache);
-  if (Streams(c, o)) plan.stream = cuda::StreamedExperts::DeviceBytes(c, StreamOptionsFor(c, o));
+  if (Streams(c, o)) {
+    plan.stream = cuda::StreamedExperts::DeviceBytes(c, StreamOptionsFor(c, o)) +
+                  cuda::SharedCalls::DeviceBytes(c, StepTokens(c, o));
+  }
   plan.workspace = WorkspaceBytes(c, o) + cuda::Sampler::DeviceBytes() +
                    cuda::HostExperts::DeviceBytes(c, o.max_step_tokens, o.defer_experts > 0);
   plan.available = device.free_bytes > kReserve ? device.free_bytes - kReserve : 0;

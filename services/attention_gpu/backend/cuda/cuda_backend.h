@@ -12,6 +12,7 @@
 #include "services/attention_gpu/backend/backend.h"
 #include "services/attention_gpu/experts/expert_group.h"
 #include "services/attention_gpu/experts/stream_break_even.h"
+#include "services/attention_gpu/experts/stream_share.h"
 
 namespace tandem::attention {
 
@@ -22,9 +23,10 @@ struct CudaBackendOptions {
   int32_t page_count = 0;                  // of the KV cache
   int32_t max_step_tokens = 512;           // of one Step, all sequences together, as long as nothing streams
   StreamPrefill stream_prefill = {StreamPrefill::Mode::kOff};  // larger steps, whose experts are streamed
-  int32_t stream_step_tokens = 4096;                           // of such a step
-  uint64_t stream_buffer_bytes = uint64_t{768} << 20;          // of device memory for weights on their way
-  bool int8_cache = false;                                     // the KV cache in 8 bits, not bfloat16
+  StreamShare stream_share = {StreamShare::Mode::kOff};  // experts of such steps that the processes compute
+  int32_t stream_step_tokens = 4096;                     // of such a step
+  uint64_t stream_buffer_bytes = 640'000'000;            // of device memory for weights on their way
+  bool int8_cache = false;                               // the KV cache in 8 bits, not bfloat16
   int32_t max_graph_rows = 16;  // steps of up to so many sequences that decode are graphs
   std::string bell = "auto";    // how the GPU calls the experts: auto, stream, kernel, host, off
   int32_t defer_experts = 0;    // experts/deferral.h; the bell needs rings of kDeferralSlots slots for it

@@ -10,6 +10,15 @@ namespace tandem::attention::cuda {
 namespace {
 
 constexpr int kSortThreads = 1024;
+constexpr int kKeepThreads = 256;
+
+__global__ void __launch_bounds__(kKeepThreads) KeepExperts(const __grid_constant__ KeepExpertsParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kKeepThreads + threadIdx.x;
+  if (i >= p.pairs) return;
+  const int32_t id = p.ids[i];
+  const bool kept = id >= 0 && id < kMostSet && (p.keep[id / 32] >> id % 32 & 1) != 0;
+  p.out[i] = kept ? id : -1;
+}
 
 // Where the columns of the tile that this thread copies lie in h, in values; `at(j)` for pair j of `count`.
 template <int kTile>
@@ -194,6 +203,14 @@ cudaError_t LaunchSortPairs(const SortPairsParams& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(p.experts);
   CountPairs<<<blocks, kSortThreads, 0, stream>>>(p);
   PlacePairs<<<blocks, kSortThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchKeepExperts(const KeepExpertsParams& p, cudaStream_t stream) {
+  if (p.pairs < 0) return cudaErrorInvalidValue;
+  if (p.pairs == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>((p.pairs + kKeepThreads - 1) / kKeepThreads);
+  KeepExperts<<<blocks, kKeepThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

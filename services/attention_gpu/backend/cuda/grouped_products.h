@@ -27,6 +27,16 @@ struct SortPairsParams {
 };
 cudaError_t LaunchSortPairs(const SortPairsParams& p, cudaStream_t stream);
 
+// out[i] = ids[i], or -1 where the bit of that expert is not in `keep`, or there is none.
+constexpr int kMostSet = 1024;  // experts that a set can name
+struct KeepExpertsParams {
+  const int32_t* ids = nullptr;  // [pairs]
+  int64_t pairs = 0;
+  uint32_t keep[kMostSet / 32] = {};
+  int32_t* out = nullptr;  // [pairs]
+};
+cudaError_t LaunchKeepExperts(const KeepExpertsParams& p, cudaStream_t stream);
+
 // A stack of matrices in device memory, rows as row_layout.h says.
 struct GroupedWeights {
   int32_t type = 0;  // a GGUF id of row_layout.h but F32

@@ -51,7 +51,7 @@ absl::Status LongStep::Allocate(int64_t tokens, int64_t pairs, int64_t pages) {
 }
 
 absl::Status LongStep::Begin(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens,
-                             std::function<absl::StatusOr<RoutedExperts*>()> experts) {
+                             Experts experts) {
   if (active()) return absl::FailedPreconditionError("a long step is under way");
   batch_ = batch;
   const absl::Status laid_out = work_.LayOut(batch_, frequencies, page_tokens, stream_);
@@ -71,9 +71,9 @@ absl::Status LongStep::Begin(const StepBatch& batch, std::span<const float> freq
   return absl::OkStatus();
 }
 
-absl::Status LongStep::Run(const std::function<absl::StatusOr<RoutedExperts*>()>& experts) {
+absl::Status LongStep::Run(const Experts& experts) {
   TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(device_), "the GPU"));
-  const absl::StatusOr<RoutedExperts*> streamed = experts();
+  const absl::StatusOr<RoutedExperts*> streamed = experts.begin();
   absl::Status status = streamed.status();
   if (status.ok() && *streamed == nullptr) status = absl::UnavailableError("prompts are not streamed");
   if (status.ok()) {
@@ -83,7 +83,8 @@ absl::Status LongStep::Run(const std::function<absl::StatusOr<RoutedExperts*>()>
   // Also after an error: whatever is still on its way uses the buffers. Asleep, the CPUs are for the experts.
   status.Update(ToStatus(cudaEventRecord(end_, stream_), "a long step on the GPU"));
   status.Update(ToStatus(cudaEventSynchronize(end_), "a long step on the GPU"));
-  return status;
+  const absl::Status end = experts.end();
+  return status.ok() ? end : status;
 }
 
 std::optional<absl::Status> LongStep::Await(absl::Duration most) {

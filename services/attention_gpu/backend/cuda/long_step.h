@@ -36,9 +36,14 @@ class LongStep {
   // waits for the device.
   absl::Status Allocate(int64_t tokens, int64_t pairs, int64_t pages);
 
-  // Begins the layers of the batch, whose pages must stay; `experts` is called on the other thread.
+  // Who computes the routed experts; both are called on the other thread.
+  struct Experts {
+    std::function<absl::StatusOr<RoutedExperts*>()> begin;
+    std::function<absl::Status()> end;  // the device is done with the layers; what it says is theirs
+  };
+  // Begins the layers of the batch, whose pages must stay.
   absl::Status Begin(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens,
-                     std::function<absl::StatusOr<RoutedExperts*>()> experts);
+                     Experts experts);
   bool active() const { return thread_.joinable(); }
   // How the layers went, if they are done within `most`: then it is active no more, the device is done with
   // them, and work() holds what they left. Only while it is active.
@@ -52,7 +57,7 @@ class LongStep {
   cudaStream_t stream() const { return stream_; }
 
  private:
-  absl::Status Run(const std::function<absl::StatusOr<RoutedExperts*>()>& experts);
+  absl::Status Run(const Experts& experts);
 
   const int device_;
   Workspace work_;

@@ -58,26 +58,38 @@ class CudaProcesses : public ::testing::TestWithParam<std::string> {
                                                   "2", "--experts",
                                                   n == 1   ? "0-16"
                                                   : i == 0 ? "0-7"
-                                                           : "7-16"});
+                                                           : "7-16",
+                                                  "--arena", "shared"});
   }
   std::unique_ptr<Backend> Connect(int processes, bool int8_cache = false, int32_t defer_experts = 0) const {
+    CudaBackendOptions o;
+    o.int8_cache = int8_cache;
+    o.defer_experts = defer_experts;
+    return Connect(processes, o);
+  }
+  // Prompts from 32 tokens on streamed in one step, the processes with that share in it.
+  std::unique_ptr<Backend> ConnectStreamed(int processes, const StreamShare& share) const {
+    CudaBackendOptions o;
+    o.stream_prefill = {StreamPrefill::Mode::kFrom, 32};
+    o.stream_share = share;
+    o.stream_buffer_bytes = 16 << 20;
+    return Connect(processes, o);
+  }
+  std::unique_ptr<Backend> Connect(int processes, CudaBackendOptions o) const {
     ExpertOptions e;
     for (int i = 0; i < processes; ++i) e.addresses.push_back(Address(i));
     e.attach_patience = absl::Seconds(30);
     e.call_timeout = absl::Seconds(10);
     e.max_call_tokens = 256;
-    if (defer_experts > 0) e.slots = kDeferralSlots;
+    if (o.defer_experts > 0) e.slots = kDeferralSlots;
     auto experts = ConnectExperts(e, config_, file_->Fingerprint());
     EXPECT_TRUE(experts.ok()) << experts.status();
     if (!experts.ok()) return nullptr;
-    CudaBackendOptions o;
     o.threads.threads = 2;
     o.page_tokens = kPageTokens;
     o.page_count = kPages;
     o.max_step_tokens = 256;
     o.bell = GetParam();
-    o.int8_cache = int8_cache;
-    o.defer_experts = defer_experts;
     auto backend = CreateCudaBackend(*file_, config_, o, std::move(*experts));
     EXPECT_TRUE(backend.ok()) << backend.status();
     return backend.ok() ? std::move(*backend) : nullptr;
@@ -281,6 +293,118 @@ TEST_P(CudaProcesses, DeferredExperts) {
       ASSERT_TRUE(status.ok()) << status;
     }
     EXPECT_EQ(Generated(s, prompts[0]), want[0]);
+  }
+}
+
+// A prompt's step, as the scheduler makes it beside others.
+struct Long {
+  explicit Long(Stream& stream) : stream(stream) {
+    batch.tokens = stream.tokens;
+    StepSequence& s = batch.sequences.emplace_back();
+    s.count = static_cast<int32_t>(stream.tokens.size());
+    s.pages = stream.pages;
+    s.generated_from = stream.prompt;
+    s.sample = true;
+    s.params = &kGreedy;
+    s.counts = &kNoCounts;
+  }
+  absl::StatusOr<bool> Await(Backend& backend, absl::Duration most) {
+    StepResult result;
+    const absl::StatusOr<bool> done = backend.AwaitLong(most, &result);
+    if (done.ok() && *done) {
+      stream.computed = batch.sequences[0].count;
+      stream.tokens.push_back(result.sampled[0].token);
+    }
+    return done;
+  }
+  Stream& stream;
+  StepBatch batch;
+};
+
+// None, some or all of a streamed prompt's experts computed by the processes: alone, and beside a stream that
+// decodes.
+TEST_P(CudaProcesses, StreamedPromptsSharedWithTheProcesses) {
+  const auto prompts = Prompts();
+  for (const int processes : {1, 2}) {
+    std::vector<std::unique_ptr<Process>> experts;
+    for (int i = 0; i < processes; ++i) experts.push_back(Start(i, processes));
+    for (const StreamShare& share :
+         {StreamShare{StreamShare::Mode::kPercent, 50}, StreamShare{StreamShare::Mode::kPercent, 100},
+          StreamShare{StreamShare::Mode::kAuto, 0}}) {
+      SCOPED_TRACE(absl::StrCat(processes, " processes, ", share.percent, " %"));
+      const auto backend = ConnectStreamed(processes, share);
+      ASSERT_NE(backend, nullptr);
+      EXPECT_EQ(backend->long_prompt_tokens(), 32);
+      EXPECT_EQ(backend->long_prompt_tokens_alone(), 32);
+      for (const Prompt& p : prompts) {
+        if (p.tokens.size() < 32) continue;
+        Stream s = StreamFor(p, 0);
+        while (Generated(s, p).size() < p.greedy.size()) {
+          const absl::Status status = Step(*backend, {&s}, kGreedy, 4096);
+          ASSERT_TRUE(status.ok()) << status;
+        }
+        EXPECT_EQ(Generated(s, p), p.greedy);
+      }
+      const Prompt& other = prompts[2];
+      const Prompt& longest =
+          *std::max_element(prompts.begin(), prompts.end(),
+                            [](const auto& a, const auto& b) { return a.tokens.size() < b.tokens.size(); });
+      Stream a = StreamFor(other, 128), b = StreamFor(longest, 0);
+      ASSERT_TRUE(Step(*backend, {&a}, kGreedy, 4096).ok());
+      Long step(b);
+      ASSERT_TRUE(backend->BeginLong(step.batch).ok());
+      bool done = false;
+      while (Generated(a, other).size() < other.greedy.size()) {
+        if (!done) {
+          const auto looked = step.Await(*backend, absl::ZeroDuration());
+          ASSERT_TRUE(looked.ok()) << looked.status();
+          done = *looked;
+        }
+        ASSERT_TRUE(Step(*backend, {&a}).ok());
+      }
+      EXPECT_EQ(Generated(a, other), other.greedy);
+      if (!done) {
+        const auto awaited = step.Await(*backend, absl::InfiniteDuration());
+        ASSERT_TRUE(awaited.ok() && *awaited) << awaited.status();
+      }
+      while (Generated(b, longest).size() < longest.greedy.size()) ASSERT_TRUE(Step(*backend, {&b}).ok());
+      EXPECT_EQ(Generated(b, longest), longest.greedy);
+    }
+  }
+}
+
+TEST_P(CudaProcesses, AnExpertKilledInTheMiddleOfASharedPrompt) {
+  if (GetParam() == "off") GTEST_SKIP() << "nothing is shared where the host calls";
+  auto expert = Start(0, 1);
+  const auto backend = ConnectStreamed(1, {StreamShare::Mode::kPercent, 50});
+  ASSERT_NE(backend, nullptr);
+  const auto prompts = Prompts();
+  const Prompt& p = *std::max_element(prompts.begin(), prompts.end(), [](const auto& a, const auto& b) {
+    return a.tokens.size() < b.tokens.size();
+  });
+  for (int kill = 0; kill < 4; ++kill) {
+    std::thread killer([&] {
+      absl::SleepFor(absl::Milliseconds(5 + 17 * kill));
+      expert->Kill();
+    });
+    absl::Status status;
+    while (status.ok()) {
+      Stream s = StreamFor(p, 0);
+      Long step(s);
+      status = backend->BeginLong(step.batch);
+      if (status.ok()) status = step.Await(*backend, absl::InfiniteDuration()).status();
+    }
+    EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+    killer.join();
+    expert = Start(0, 1);
+    const absl::Status back = backend->RecoverExperts(absl::Seconds(30));
+    ASSERT_TRUE(back.ok()) << back;
+    Stream s = StreamFor(p, 0);
+    while (Generated(s, p).size() < p.greedy.size()) {
+      status = Step(*backend, {&s}, kGreedy, 4096);
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    EXPECT_EQ(Generated(s, p), p.greedy) << "kill " << kill;
   }
 }
 

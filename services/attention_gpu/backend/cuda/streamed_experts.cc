@@ -1,6 +1,8 @@
 #include "services/attention_gpu/backend/cuda/streamed_experts.h"
 
 #include <algorithm>
+#include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -32,6 +34,8 @@ uint64_t RepackedBytes(const WeightStack& stack) {
   return (bytes + 255) / 256 * 256;
 }
 
+uint64_t RoundUp(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 int64_t MiddlePairs(const model::ModelConfig& c, const StreamOptions& o) {
   return std::min(o.max_tokens * c.num_experts_per_tok, kMostMiddlePairs);
 }
@@ -49,10 +53,13 @@ StreamedExperts::~StreamedExperts() {
   // What the stages hold may still be read, or written.
   cudaDeviceSynchronize();
   copier_.reset();
+  calls_.reset();
   for (const Stage& s : stages_) {
     if (s.free != nullptr) cudaEventDestroy(s.free);
   }
-  if (counted_ != nullptr) cudaEventDestroy(counted_);
+  for (const cudaEvent_t e : {counted_, asked_, wait_begins_, wait_ends_}) {
+    if (e != nullptr) cudaEventDestroy(e);
+  }
 }
 
 absl::StatusOr<std::unique_ptr<StreamedExperts>> StreamedExperts::Create(
@@ -72,8 +79,11 @@ uint64_t StreamedExperts::DeviceBytes(const model::ModelConfig& c, const StreamO
   const auto tokens = static_cast<uint64_t>(o.max_tokens), k = static_cast<uint64_t>(c.num_experts_per_tok);
   const auto middle = static_cast<uint64_t>(MiddlePairs(c, o));
   constexpr uint64_t kPadding = 4096;  // of the pieces
-  return o.buffer_bytes + tokens * (static_cast<uint64_t>(c.hidden_size) * 2 + 4 + k * 8) +
-         middle * (static_cast<uint64_t>(c.moe_intermediate_size) * 6 + 4) +
+  const uint64_t for_add = tokens * (static_cast<uint64_t>(c.hidden_size) * 2 + 4) +
+                           middle * (static_cast<uint64_t>(c.moe_intermediate_size) * 6 + 4) + kPadding;
+  // With the room for one group of weights in another order, which buffer_bytes hold otherwise.
+  const bool in_scratch = for_add + kGroupBytes <= o.scratch_bytes;
+  return o.buffer_bytes + tokens * k * 8 + (in_scratch ? 0 : for_add) +
          static_cast<uint64_t>(c.n_routed_experts) * 4 + kPadding;
 }
 
@@ -92,6 +102,18 @@ absl::Status StreamedExperts::CheckTypes() const {
   return absl::OkStatus();
 }
 
+template <typename Want>
+void StreamedExperts::WantForAdd(const uint64_t (&repacked)[kMatrices], const Want& want) {
+  want(&form_, options_.max_tokens * c_.hidden_size);
+  want(&form_scale_, options_.max_tokens);
+  want(&middle_, middle_pairs_ * c_.moe_intermediate_size);
+  want(&middle_form_, middle_pairs_ * c_.moe_intermediate_size);
+  want(&middle_scale_, middle_pairs_);
+  for (int m = 0; m < kMatrices; ++m) {
+    if (repacked[m] > 0) want(&repacked_[m], group_experts_ * static_cast<int64_t>(repacked[m]));
+  }
+}
+
 absl::Status StreamedExperts::Allocate() {
   uint64_t repacked[kMatrices] = {};
   for (const auto& shard : shards_) {
@@ -108,9 +130,14 @@ absl::Status StreamedExperts::Allocate() {
   if (one == 0) return absl::InvalidArgumentError("there are no routed experts to stream");
   // As many in a group as make a large copy, but at least three groups in the buffers where that can be.
   group_experts_ = static_cast<int64_t>(std::clamp<uint64_t>(kGroupBytes / one, 1, kMostGrouped));
+  uint64_t for_add = 0;
+  WantForAdd(repacked,
+             [&](auto** p, int64_t n) { for_add += RoundUp(static_cast<uint64_t>(n) * sizeof **p); });
+  const bool in_scratch = options_.scratch != nullptr && for_add <= options_.scratch_bytes;
   auto stages = [&] {
     const auto group = static_cast<uint64_t>(group_experts_);
-    const uint64_t left = options_.buffer_bytes - std::min(options_.buffer_bytes, group * one_repacked);
+    const uint64_t here = in_scratch ? 0 : group * one_repacked;
+    const uint64_t left = options_.buffer_bytes - std::min(options_.buffer_bytes, here);
     return std::min<uint64_t>(left / (group * one), WeightCopier::kMostAtOnce - 1);
   };
   while (stages() < 3 && group_experts_ > 1) group_experts_ = (group_experts_ + 1) / 2;
@@ -124,23 +151,29 @@ absl::Status StreamedExperts::Allocate() {
     for (Stage& s : stages_) {
       device_.Want(&s.data[m], group_experts_ * static_cast<int64_t>(expert_bytes_[m]));
     }
-    if (repacked[m] > 0) device_.Want(&repacked_[m], group_experts_ * static_cast<int64_t>(repacked[m]));
   }
-  const int64_t tokens = options_.max_tokens, pairs = tokens * c_.num_experts_per_tok;
+  const int64_t pairs = options_.max_tokens * c_.num_experts_per_tok;
   device_.Want(&counts_, c_.n_routed_experts);
   device_.Want(&pair_token_, pairs);
   device_.Want(&pair_weight_, pairs);
-  device_.Want(&form_, tokens * c_.hidden_size);
-  device_.Want(&form_scale_, tokens);
-  device_.Want(&middle_, middle_pairs_ * c_.moe_intermediate_size);
-  device_.Want(&middle_form_, middle_pairs_ * c_.moe_intermediate_size);
-  device_.Want(&middle_scale_, middle_pairs_);
+  if (in_scratch) {
+    uint8_t* at = options_.scratch;
+    WantForAdd(repacked, [&at](auto** p, int64_t n) {
+      *p = reinterpret_cast<std::remove_pointer_t<decltype(p)>>(at);
+      at += RoundUp(static_cast<uint64_t>(n) * sizeof **p);
+    });
+  } else {
+    WantForAdd(repacked, [this](auto** p, int64_t n) { device_.Want(p, n); });
+  }
   host_.Want(&host_counts_, c_.n_routed_experts);
   TANDEM_RETURN_IF_ERROR(device_.Allocate("streaming experts"));
   TANDEM_RETURN_IF_ERROR(host_.Allocate("streaming experts"));
   for (Stage& s : stages_) {
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "an event"));
     free_stages_.push_back(free_stages_.size());
+  }
+  for (cudaEvent_t* e : {&asked_, &wait_begins_, &wait_ends_}) {
+    TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventCreate(e), "an event"));
   }
   // Waiting for it takes no CPU: the experts may be at work for others.
   return ToStatus(cudaEventCreateWithFlags(&counted_, cudaEventDisableTiming | cudaEventBlockingSync),
@@ -185,14 +218,7 @@ absl::Status StreamedExperts::Ask(const RoutedCall& call, cudaStream_t stream) {
   TANDEM_RETURN_IF_ERROR(ToStatus(
       cudaMemcpyAsync(host_counts_, counts_, experts * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
       "tokens by expert"));
-  TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventRecord(counted_, stream), "tokens by expert"));
-  QuantizeParams form;
-  form.x = call.normed;
-  form.x_stride = form.cols = c_.hidden_size;
-  form.rows = call.n;
-  form.h = form_;
-  form.h_scale = form_scale_;
-  return ToStatus(LaunchToHalf(form, stream), "activations");
+  return ToStatus(cudaEventRecord(counted_, stream), "tokens by expert");
 }
 
 std::vector<StreamedExperts::Group> StreamedExperts::GroupsOf(int64_t layer) const {
@@ -208,8 +234,64 @@ std::vector<StreamedExperts::Group> StreamedExperts::GroupsOf(int64_t layer) con
 }
 
 int64_t StreamedExperts::PairsOf(const Group& g) const {
-  const int64_t first = shards_[g.shard]->expert_begin + g.first;
-  return first_pair_[static_cast<size_t>(first + g.count)] - first_pair_[static_cast<size_t>(first)];
+  const auto first = streamed_counts_.begin() + shards_[g.shard]->expert_begin + g.first;
+  return std::accumulate(first, first + g.count, int64_t{0});
+}
+
+int64_t StreamedExperts::experts_ahead() const {
+  return options_.copy_ahead ? static_cast<int64_t>(stages_.size()) * group_experts_ : 0;
+}
+
+void StreamedExperts::Share(std::unique_ptr<SharedCalls> calls, ChooseShared choose) {
+  calls_ = std::move(calls);
+  choose_ = std::move(choose);
+}
+
+// Calls the processes for some experts, and leaves the others in streamed_counts_.
+absl::Status StreamedExperts::ShareOut(const RoutedCall& call, const std::vector<Group>& groups,
+                                       cudaStream_t stream) {
+  const auto experts = static_cast<size_t>(c_.n_routed_experts);
+  streamed_counts_.assign(host_counts_, host_counts_ + experts);
+  ++totals_.layers;
+  totals_.used +=
+      std::count_if(streamed_counts_.begin(), streamed_counts_.end(), [](int32_t n) { return n > 0; });
+  if (calls_ == nullptr || call.n > calls_->max_tokens()) return absl::OkStatus();
+  std::vector<bool> ahead(experts);
+  for (size_t i = 0; options_.copy_ahead && i < std::min(groups.size(), stages_.size()); ++i) {
+    const int64_t first = shards_[groups[i].shard]->expert_begin + groups[i].first;
+    std::fill_n(ahead.begin() + first, groups[i].count, true);
+  }
+  const std::vector<bool> shared = choose_(call.n, streamed_counts_, ahead);
+  int64_t given = 0;
+  for (size_t e = 0; e < experts; ++e) {
+    if (!shared[e] || streamed_counts_[e] == 0) continue;
+    totals_.shared_pairs += streamed_counts_[e];
+    streamed_counts_[e] = 0;
+    ++given;
+  }
+  if (given == 0) return absl::OkStatus();
+  totals_.shared += given;
+  TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventRecord(asked_, stream), "streamed experts"));
+  return calls_->Ask(call, shared, stream);
+}
+
+// After the device has come past the last layer's sums.
+absl::Status StreamedExperts::FinishShared() {
+  if (calls_ == nullptr || !calls_->open()) return absl::OkStatus();
+  TANDEM_ASSIGN_OR_RETURN(const double processes, calls_->Finish());
+  float worked = 0, waited = 0;  // milliseconds
+  TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventElapsedTime(&worked, asked_, wait_begins_), "streamed experts"));
+  TANDEM_RETURN_IF_ERROR(
+      ToStatus(cudaEventElapsedTime(&waited, wait_begins_, wait_ends_), "streamed experts"));
+  totals_.worked += 1e-3 * worked;
+  totals_.waited += 1e-3 * waited;
+  totals_.processes += processes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StreamedExperts::Totals> StreamedExperts::End() {
+  TANDEM_RETURN_IF_ERROR(FinishShared());
+  return totals_;
 }
 
 absl::Status StreamedExperts::Fetch(const Group& g, bool all) {
@@ -222,7 +304,7 @@ absl::Status StreamedExperts::Fetch(const Group& g, bool all) {
   for (int m = 0; m < kMatrices; ++m) {
     const WeightStack& s = StackOf(layer, m);
     for (int64_t i = 0; i < g.count; ++i) {
-      if (!all && host_counts_[shard.expert_begin + g.first + i] == 0) continue;
+      if (!all && streamed_counts_[static_cast<size_t>(shard.expert_begin + g.first + i)] == 0) continue;
       const auto at = static_cast<uint64_t>(i);
       const std::byte* from = s.data + (static_cast<uint64_t>(g.first) + at) * s.expert_bytes;
       // Neighbours lie as in the arena, and travel together; nothing is read behind the last one.
@@ -247,6 +329,7 @@ void StreamedExperts::Release() {
 }
 
 absl::Status StreamedExperts::Begin() {
+  totals_ = Totals();
   if (!options_.copy_ahead || shards_.empty() || shards_.front()->layers.empty()) return absl::OkStatus();
   const std::vector<Group> groups = GroupsOf(shards_.front()->layers.front().layer);
   if (!fetched_.empty() && fetched_.front().group == groups.front()) return absl::OkStatus();
@@ -263,10 +346,21 @@ absl::Status StreamedExperts::Add(const RoutedCall& call, cudaStream_t stream) {
     return absl::NotFoundError(absl::StrCat("layer ", call.layer, " is not held by any expert process"));
   }
   TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(counted_), "the layers before the experts"));
+  TANDEM_RETURN_IF_ERROR(FinishShared());
+  TANDEM_RETURN_IF_ERROR(ShareOut(call, groups, stream));
   const auto experts = static_cast<size_t>(c_.n_routed_experts);
   first_pair_.assign(experts + 1, 0);
   for (size_t e = 0; e < experts; ++e) first_pair_[e + 1] = first_pair_[e] + host_counts_[e];
   std::erase_if(groups, [&](const Group& g) { return PairsOf(g) == 0; });
+  if (!groups.empty()) {
+    QuantizeParams form;
+    form.x = call.normed;
+    form.x_stride = form.cols = c_.hidden_size;
+    form.rows = call.n;
+    form.h = form_;
+    form.h_scale = form_scale_;
+    TANDEM_RETURN_IF_ERROR(ToStatus(LaunchToHalf(form, stream), "activations"));
+  }
   const std::vector<Group> ahead =
       options_.copy_ahead ? GroupsOf(call.layer + 1) : std::vector<Group>();  // none after the last layer
 
@@ -292,6 +386,11 @@ absl::Status StreamedExperts::Add(const RoutedCall& call, cudaStream_t stream) {
         ToStatus(cudaEventRecord(stages_[fetched_.front().stage].free, stream), "streamed experts"));
     Release();
   }
+  if (calls_ != nullptr && calls_->open()) {
+    TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventRecord(wait_begins_, stream), "streamed experts"));
+    TANDEM_RETURN_IF_ERROR(calls_->Add(call, stream));
+    TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventRecord(wait_ends_, stream), "streamed experts"));
+  }
   return fetch_more();
 }
 
@@ -305,7 +404,8 @@ absl::Status StreamedExperts::Repack(const Fetched& f, int matrix, GroupedWeight
   for (int64_t i = 0; i < f.group.count; ++i) {
     const auto at = static_cast<uint64_t>(i);
     out->data[i] = raw + at * s.expert_bytes;
-    if (!repack || host_counts_[shard.expert_begin + f.group.first + i] == 0) continue;
+    if (!repack || streamed_counts_[static_cast<size_t>(shard.expert_begin + f.group.first + i)] == 0)
+      continue;
     uint8_t* to = repacked_[matrix] + at * RepackedBytes(s);
     TANDEM_RETURN_IF_ERROR(
         ToStatus(LaunchRepack({out->type, out->data[i], to, s.rows, s.cols}, stream), "streamed experts"));
@@ -319,7 +419,8 @@ absl::Status StreamedExperts::Multiply(const RoutedCall& call, const Fetched& f,
   GroupedWeights w[kMatrices];
   for (int m = 0; m < kMatrices; ++m) TANDEM_RETURN_IF_ERROR(Repack(f, m, &w[m], stream));
   const int64_t first_expert = shards_[f.group.shard]->expert_begin + f.group.first;
-  const int64_t begin = first_pair_[static_cast<size_t>(first_expert)], pairs = PairsOf(f.group);
+  const int64_t begin = first_pair_[static_cast<size_t>(first_expert)];
+  const int64_t pairs = first_pair_[static_cast<size_t>(first_expert + f.group.count)] - begin;
   for (int64_t at = 0; at < pairs; at += middle_pairs_) {
     TANDEM_RETURN_IF_ERROR(
         Products(call, f.group, w, begin + at, std::min(middle_pairs_, pairs - at), stream));
@@ -327,7 +428,7 @@ absl::Status StreamedExperts::Multiply(const RoutedCall& call, const Fetched& f,
   return absl::OkStatus();
 }
 
-// Pairs [first_pair, first_pair + pairs), all of the group.
+// Pairs [first_pair, first_pair + pairs), all of the group; those of shared experts are passed over.
 absl::Status StreamedExperts::Products(const RoutedCall& call, const Group& g,
                                        const GroupedWeights (&w)[kMatrices], int64_t first_pair,
                                        int64_t pairs, cudaStream_t stream) {
@@ -347,7 +448,7 @@ absl::Status StreamedExperts::Products(const RoutedCall& call, const Group& g,
     const int64_t begin = std::clamp(first_pair_[e] - first_pair, int64_t{0}, pairs);
     const int64_t end = std::clamp(first_pair_[e + 1] - first_pair, int64_t{0}, pairs);
     p.begin[i] = static_cast<int32_t>(begin);
-    p.count[i] = static_cast<int32_t>(end - begin);
+    p.count[i] = streamed_counts_[e] == 0 ? 0 : static_cast<int32_t>(end - begin);
   }
   TANDEM_RETURN_IF_ERROR(ToStatus(LaunchGateUp(p, stream), "gate and up of streamed experts"));
   QuantizeParams form;
@@ -376,38 +477,37 @@ absl::Status StreamedExperts::Products(const RoutedCall& call, const Group& g,
 }
 
 absl::StatusOr<double> StreamedExperts::MeasureCopy(uint64_t bytes) {
-  const LayerWeights& layer = shards_.front()->layers.front();
-  const std::vector<Group> groups = GroupsOf(layer.layer);
-  uint64_t one_group = 0;
-  for (int m = 0; m < kMatrices; ++m) {
-    one_group += StackOf(layer, m).expert_bytes * static_cast<uint64_t>(groups.front().count);
-  }
-  const uint64_t rounds = std::max<uint64_t>(bytes / one_group, 2);
+  const std::vector<Group> groups = GroupsOf(shards_.front()->layers.front().layer);
+  auto bytes_of = [&](const Group& g) {
+    const LayerWeights& layer = *shards_[g.shard]->Find(g.layer);
+    uint64_t sum = 0;
+    for (int m = 0; m < kMatrices; ++m) {
+      sum += StackOf(layer, m).used_bytes() * static_cast<uint64_t>(g.count);
+    }
+    return sum;
+  };
+  const uint64_t rounds = std::max<uint64_t>(bytes / bytes_of(groups.front()), 2);
   cudaStream_t stream = nullptr;
   TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream"));
   while (!fetched_.empty()) Release();
-  auto copy = [&](uint64_t first, uint64_t count) -> absl::Status {
-    for (uint64_t i = 0; i < count; ++i) {
-      TANDEM_RETURN_IF_ERROR(Fetch(groups[(first + i) % groups.size()], true));
+  uint64_t next = 0, copied = 0;
+  auto copy = [&](uint64_t count) -> absl::Status {
+    for (uint64_t i = 0; i < count; ++i, ++next) {
+      const Group& group = groups[next % groups.size()];
+      TANDEM_RETURN_IF_ERROR(Fetch(group, true));
       TANDEM_RETURN_IF_ERROR(copier_->Await(fetched_.front().ticket, stream));
       Release();
+      copied += bytes_of(group);
     }
     return ToStatus(cudaStreamSynchronize(stream), "copying weights");
   };
-  absl::Status status = copy(0, 1);  // the first one finds everything cold
+  absl::Status status = copy(1);  // the first one finds everything cold
+  copied = 0;
   const absl::Time begin = absl::Now();
-  if (status.ok()) status = copy(1, rounds);
+  if (status.ok()) status = copy(rounds);
   const double seconds = absl::ToDoubleSeconds(absl::Now() - begin);
   cudaStreamDestroy(stream);
   TANDEM_RETURN_IF_ERROR(status);
-  uint64_t copied = 0;
-  for (uint64_t i = 0; i < rounds; ++i) {
-    const Group& g = groups[(1 + i) % groups.size()];
-    const LayerWeights& l = *shards_[g.shard]->Find(g.layer);
-    for (int m = 0; m < kMatrices; ++m) {
-      copied += StackOf(l, m).used_bytes() * static_cast<uint64_t>(g.count);
-    }
-  }
   return static_cast<double>(copied) / seconds;
 }
 

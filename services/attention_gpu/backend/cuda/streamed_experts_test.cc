@@ -5,11 +5,17 @@
 
 #include <array>
 #include <cmath>
+#include <mutex>
 #include <numeric>
+#include <set>
 
+#include "absl/strings/str_cat.h"
 #include "common/quant/quant.h"
 #include "services/attention_gpu/backend/cuda/gpu_test_util.h"
 #include "services/attention_gpu/backend/cuda/grouped_products.h"
+#include "services/attention_gpu/backend/cuda/ring_peers_for_test.h"
+#include "services/attention_gpu/backend/cuda/shared_calls.h"
+#include "services/attention_gpu/experts/stream_share.h"
 #include "services/expert_cpu/moe/moe.h"
 #include "services/expert_cpu/testing/synthetic_model.h"
 #include "tests/golden/local_experts.h"
@@ -67,6 +73,7 @@ class Model {
 
   const SyntheticShape& shape() const { return file_.shape(); }
   const model::ModelConfig& config() const { return config_; }
+  const std::vector<std::unique_ptr<expert::Shard>>& shards() const { return shards_; }
 
   absl::StatusOr<std::unique_ptr<StreamedExperts>> Stream(const StreamOptions& options) const {
     return StreamedExperts::Create(weights_, config_, options);
@@ -149,6 +156,189 @@ void ExpectClose(const std::vector<float>& got, const std::vector<double>& want,
   }
   EXPECT_LT(worst, kTolerance);
   std::printf("%lld tokens: %.2e of the norm\n", static_cast<long long>(t.n), worst);
+}
+
+// The processes of a model: threads of this one, behind rings, that compute as the reference does.
+class RingExperts : public ExpertGroup {
+ public:
+  explicit RingExperts(const Model& model) : model_(model) {
+    threading::ThreadPool::Options threads;
+    threads.threads = 2;
+    expert::Moe::Options options;
+    options.precision = kernels::Precision::kReference;
+    for (const auto& shard : model.shards()) {
+      pools_.push_back(std::make_unique<threading::ThreadPool>(threads));
+      moes_.push_back(std::make_unique<expert::Moe>(*shard, *pools_.back(), options));
+    }
+  }
+  absl::Status Start(const ExpertCall&) override { return absl::UnimplementedError("not from the host"); }
+  absl::Status Finish(float*) override { return absl::UnimplementedError("not from the host"); }
+  absl::Status Recover(absl::Duration) override { return absl::OkStatus(); }
+  int processes() const override { return static_cast<int>(moes_.size()); }
+  absl::StatusOr<std::unique_ptr<ExpertGroup>> Beside(int64_t max_call_tokens) override {
+    struct Rings : RingExperts {
+      Rings(const Model& model, std::unique_ptr<testing::Peers> p)
+          : RingExperts(model), peers(std::move(p)) {}
+      DeviceCalls* device_calls() override { return peers.get(); }
+      std::unique_ptr<testing::Peers> peers;
+    };
+    shm::RegionShape shape;
+    shape.max_rows = static_cast<uint32_t>(max_call_tokens);
+    shape.max_pairs = static_cast<uint32_t>(model_.shape().experts_per_token);
+    shape.width = static_cast<uint32_t>(model_.shape().hidden);
+    auto peers = std::make_unique<testing::Peers>(
+        moes_.size(), shape, [this](const auto& in, size_t i) { return Answer(in, i); }, true);
+    last_ = peers.get();
+    return std::make_unique<Rings>(model_, std::move(peers));
+  }
+  testing::Peers& last() { return *last_; }
+  // Experts that were asked for since the last time, of all processes.
+  std::multiset<int32_t> Asked() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(asked_, {});
+  }
+
+ private:
+  absl::Status Answer(const shm::IncomingCall& in, size_t i) {
+    expert::Call call;
+    call.layer = in.layer;
+    call.n_tokens = in.rows;
+    call.experts_per_token = in.pairs;
+    call.expert_ids = in.ids;
+    call.expert_weights = in.weights;
+    call.activations = in.input;
+    call.answer_type =
+        in.output_type == shm::ValueType::kF64 ? expert::AnswerType::kF64 : expert::AnswerType::kF32;
+    std::vector<int32_t> ids(in.ids.size() / sizeof(int32_t));
+    std::memcpy(ids.data(), in.ids.data(), in.ids.size());
+    const auto& plan = model_.shards()[i]->plan();
+    {
+      const std::lock_guard lock(mutex_);
+      for (const int32_t id : std::set<int32_t>(ids.begin(), ids.end())) {
+        if (id >= plan.expert_begin && id < plan.expert_end) asked_.insert(id);
+      }
+    }
+    return moes_[i]->Forward(call, in.output).status();
+  }
+
+  const Model& model_;
+  std::vector<std::unique_ptr<threading::ThreadPool>> pools_;
+  std::vector<std::unique_ptr<expert::Moe>> moes_;
+  testing::Peers* last_ = nullptr;
+  std::mutex mutex_;
+  std::multiset<int32_t> asked_;
+};
+
+TEST(SharedCallsTest, KeepsTheExpertsOfTheSet) {
+  TANDEM_NEEDS_GPU();
+  std::vector<int32_t> ids = {-1, 0, 1, 31, 32, 33, 63, 64, 1023, 1024, 5000};
+  for (int32_t i = 0; i < 1000; ++i) ids.push_back(i);
+  const DeviceArray<int32_t> in(ids), out(ids.size());
+  KeepExpertsParams p;
+  p.ids = in.get();
+  p.pairs = static_cast<int64_t>(ids.size());
+  p.out = out.get();
+  std::set<int32_t> keep = {0, 31, 32, 64, 777, 1023};
+  for (const int32_t e : keep) p.keep[e / 32] |= uint32_t{1} << e % 32;
+  Check(LaunchKeepExperts(p, nullptr));
+  const std::vector<int32_t> got = out.Download();
+  for (size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(got[i], keep.contains(ids[i]) ? ids[i] : -1) << ids[i];
+}
+
+// Whatever is shared, every expert is computed once, by one side.
+TEST(StreamedExpertsTest, SharedWithTheProcesses) {
+  TANDEM_NEEDS_GPU();
+  SyntheticShape shape;
+  shape.hidden = 256;
+  shape.inner = 512;
+  shape.experts = 24;
+  shape.experts_per_token = 3;
+  shape.layers = 3;
+  constexpr int64_t kMost = 90;  // of a call
+  const bool yes = true, no = false;
+  struct Way {
+    std::vector<expert::ShardRequest> requests;
+    BellKind kind;
+    bool ahead;
+  };
+  for (const Way& way : {Way{{{}}, BellKind::kKernel, yes}, Way{{{}}, BellKind::kHostFunction, no},
+                         Way{{{.slice_index = 0, .slice_count = 2}, {.slice_index = 1, .slice_count = 2}},
+                             BellKind::kKernel,
+                             yes},
+                         Way{{{.expert_begin = 0, .expert_end = 7}, {.expert_begin = 7, .expert_end = 24}},
+                             BellKind::kKernel,
+                             no}}) {
+    const Model model(shape, way.requests);
+    const bool slices = way.requests.size() == 2 && way.requests[0].slice_count == 2;
+    RingExperts group(model);
+    StreamOptions options = model.Options(100);
+    options.copy_ahead = way.ahead;
+    auto experts = model.Stream(options);
+    ASSERT_TRUE(experts.ok()) << experts.status();
+    auto calls = SharedCalls::Open(model.config(), group, way.kind, 0, kMost);
+    ASSERT_TRUE(calls.ok()) << calls.status();
+    std::vector<int32_t> chosen;
+    int percent = 0;
+    (*experts)->Share(std::move(*calls),
+                      [&](int64_t, std::span<const int32_t> counts, const std::vector<bool>& coming) {
+                        EXPECT_EQ(std::count(coming.begin(), coming.end(), true) > 0, way.ahead);
+                        const std::vector<bool> shared = ChoosePercent(percent, counts, coming);
+                        for (size_t e = 0; e < shared.size(); ++e) {
+                          if (shared[e] && counts[e] > 0) chosen.push_back(static_cast<int32_t>(e));
+                        }
+                        return shared;
+                      });
+    for (const int64_t n : {int64_t{1}, kMost, kMost + 1}) {
+      Tokens t = MakeTokens(shape, n, static_cast<uint64_t>(n));
+      for (size_t i = 0; n > kMost && i < t.ids.size(); ++i) {
+        if (t.ids[i] < 8) t.ids[i] = -1;
+      }
+      const int64_t layer = 1 + n % 3;
+      const std::vector<double> want = model.Reference(layer, t);
+      for (percent = 0; percent <= 100; percent += 50) {
+        SCOPED_TRACE(absl::StrCat(percent, " %, ", n, " tokens, ", way.requests.size(), " processes"));
+        ASSERT_TRUE((*experts)->Begin().ok());
+        chosen.clear();
+        const std::vector<float> got = StreamLayer(**experts, t, layer);
+        ExpectClose(got, want, t);
+        const size_t given = chosen.size();
+        EXPECT_EQ(given > 0, percent > 0 && n <= kMost);
+        std::multiset<int32_t> asked(chosen.begin(), chosen.end());
+        if (slices) asked.insert(chosen.begin(), chosen.end());
+        EXPECT_EQ(group.Asked(), asked);
+        EXPECT_EQ(StreamLayer(**experts, t, layer), got) << "the second time";
+        EXPECT_EQ(group.Asked(), asked);
+        const auto totals = (*experts)->End();
+        ASSERT_TRUE(totals.ok()) << totals.status();
+        EXPECT_EQ(totals->layers, 2);
+        EXPECT_EQ(totals->shared, static_cast<int64_t>(2 * given));
+        EXPECT_GE(totals->shared_pairs, totals->shared);
+      }
+    }
+  }
+}
+
+// A process that answers no more: the device comes to its end, and the step's end says so.
+TEST(StreamedExpertsTest, AProcessThatHasAShareIsLost) {
+  TANDEM_NEEDS_GPU();
+  const SyntheticShape shape;
+  const Model model(shape);
+  RingExperts group(model);
+  auto experts = model.Stream(model.Options(100));
+  ASSERT_TRUE(experts.ok()) << experts.status();
+  auto calls = SharedCalls::Open(model.config(), group, BellKind::kKernel, 0, 100);
+  ASSERT_TRUE(calls.ok()) << calls.status();
+  (*experts)->Share(std::move(*calls),
+                    [](int64_t, std::span<const int32_t> counts, const std::vector<bool>& ahead) {
+                      return ChoosePercent(50, counts, ahead);
+                    });
+  const Tokens t = MakeTokens(shape, 100, 1);
+  StreamLayer(**experts, t, 1);
+  ASSERT_TRUE((*experts)->End().ok());
+  group.last().timeout = absl::Milliseconds(500);
+  group.last()[0].stop_after = group.last()[0].calls.load();
+  StreamLayer(**experts, t, 1);
+  EXPECT_FALSE((*experts)->End().ok());
 }
 
 TEST(SortPairsTest, ByExpertThenByToken) {
@@ -280,17 +470,24 @@ TEST(StreamedExpertsTest, NothingButTheNumbersMatters) {
     bool page_lock;
     uint64_t buffer_bytes;
     bool ahead;
+    bool scratch = false;
   };
+  const DeviceArray<uint8_t> scratch(std::vector<uint8_t>(64 << 20, 0xff));  // no number is as it should be
   std::vector<std::vector<float>> want;
-  for (const Way& way : {Way{"straight", true, 4 << 20, false}, Way{"copied ahead", true, 4 << 20, true},
-                         Way{"much room", true, 64 << 20, true}, Way{"buffers", false, 4 << 20, false},
-                         Way{"buffers, ahead", false, 16 << 20, true}}) {
+  for (const Way& way :
+       {Way{"straight", true, 4 << 20, false}, Way{"copied ahead", true, 4 << 20, true},
+        Way{"much room", true, 64 << 20, true}, Way{"others' memory", true, 4 << 20, true, true},
+        Way{"buffers", false, 4 << 20, false}, Way{"buffers, ahead", false, 16 << 20, true}}) {
     SCOPED_TRACE(way.what);
     StreamOptions options = model.Options(256, way.buffer_bytes);
     options.copy_ahead = way.ahead;
     options.copy.page_lock = way.page_lock;
     options.copy.threads = 3;
     options.copy.buffer_bytes = 100'000;
+    if (way.scratch) {
+      options.scratch = scratch.get();
+      options.scratch_bytes = scratch.size();
+    }
     auto experts = model.Stream(options);
     ASSERT_TRUE(experts.ok()) << experts.status();
     std::printf("%s: %s\n", way.what, (*experts)->Description().c_str());

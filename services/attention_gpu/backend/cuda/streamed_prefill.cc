@@ -1,15 +1,23 @@
 #include "services/attention_gpu/backend/cuda/streamed_prefill.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/telemetry/log.h"
+#include "services/attention_gpu/backend/cuda/device.h"
 
 namespace tandem::attention::cuda {
 namespace {
 
 constexpr uint64_t kMeasuredBytes = uint64_t{512} << 20;
+// Made-up layers of a kind, of which the last ones count.
+constexpr int kTrials = 6, kCounted = 3;
+constexpr int kFirstPercent = 40;  // shared in the first one
+constexpr int64_t kFewTokens = 512;
+constexpr int kSmallNumber = 0x3c;  // 0.0115 in each float of such bytes
 
 }  // namespace
 
@@ -31,32 +39,244 @@ absl::Status StreamedPrefill::TryOpen() {
   TANDEM_ASSIGN_OR_RETURN(auto maps, group_.MapWeights());
   TANDEM_ASSIGN_OR_RETURN(experts_, StreamedExperts::Create(std::move(maps), c_, options_.stream));
   spdlog::info("experts can be streamed: {}", experts_->Description());
-  if (from_tokens_ == 0 && options_.when.mode == StreamPrefill::Mode::kFrom) {
-    from_tokens_ = options_.when.from_tokens;
+  if (options_.share.mode != StreamShare::Mode::kOff) {
+    const absl::Status shared = OpenShare();
+    if (!shared.ok()) {
+      spdlog::info("the processes compute nothing of streamed prompts: {}", std::string(shared.message()));
+    }
   }
-  if (from_tokens_ == 0) TANDEM_RETURN_IF_ERROR(Measure());
-  if (from_tokens_ > options_.stream.max_tokens) {
-    return absl::FailedPreconditionError("it would pay from more tokens on than a step takes");
-  }
-  spdlog::info("prompts of {} tokens and more are streamed", from_tokens_);
+  if (!measured_) TANDEM_RETURN_IF_ERROR(Measure());
+  measured_ = true;
+  const int64_t alone = from_tokens(false), beside = from_tokens(true);
+  if (alone == 0) return absl::FailedPreconditionError("it would pay from more tokens on than a step takes");
+  spdlog::info("prompts of {} tokens and more are streamed{}", alone,
+               alone == beside ? std::string()
+                               : absl::StrCat(", while others decode ",
+                                              beside == 0 ? "none" : absl::StrCat("those of ", beside)));
+  return absl::OkStatus();
+}
+
+absl::Status StreamedPrefill::OpenShare() {
+  if (!options_.bell) return absl::UnimplementedError("the GPU does not call them by itself");
+  TANDEM_ASSIGN_OR_RETURN(auto calls,
+                          SharedCalls::Open(c_, group_, *options_.bell, options_.device,
+                                            std::min(options_.stream.max_tokens, kMostSharedTokens)));
+  experts_->Share(std::move(calls),
+                  [this](int64_t tokens, std::span<const int32_t> counts, const std::vector<bool>& ahead) {
+                    return Choose(tokens, counts, ahead);
+                  });
   return absl::OkStatus();
 }
 
 absl::Status StreamedPrefill::Measure() {
+  const bool automatic = options_.when.mode == StreamPrefill::Mode::kAuto;
+  const bool share = options_.share.mode == StreamShare::Mode::kAuto && experts_->shared_calls() != nullptr;
+  from_alone_ = from_beside_ = options_.when.from_tokens;
+  if (!automatic && !share) return absl::OkStatus();
   TANDEM_ASSIGN_OR_RETURN(const double rate, experts_->MeasureCopy(kMeasuredBytes));
-  const auto layer_bytes = static_cast<double>(experts_->LayerBytes(c_.first_k_dense_replace));
-  TANDEM_ASSIGN_OR_RETURN(const double call, TimeExpertCall(group_, c_, options_.call_tokens));
-  const double layer = layer_bytes / rate;
-  spdlog::info("weights come at {:.1f} GB/s, {:.2f} ms a layer; the processes take {:.2f} ms for {} tokens",
-               rate / 1e9, layer * 1e3, call * 1e3, options_.call_tokens);
-  from_tokens_ = BreakEvenTokens(layer, call, options_.call_tokens);
+  double call = 0;
+  if (automatic) {
+    const double layer = static_cast<double>(experts_->LayerBytes(c_.first_k_dense_replace)) / rate;
+    TANDEM_ASSIGN_OR_RETURN(call, TimeExpertCall(group_, c_, options_.call_tokens));
+    spdlog::info("weights come at {:.1f} GB/s, {:.2f} ms a layer; the processes take {:.2f} ms for {} tokens",
+                 rate / 1e9, layer * 1e3, call * 1e3, options_.call_tokens);
+    from_alone_ = from_beside_ = BreakEvenTokens(layer, call, options_.call_tokens);
+  }
+  if (!share) return absl::OkStatus();
+  const absl::Status shared = MeasureShare(rate);
+  trial_.reset();
+  if (!shared.ok()) {
+    spdlog::warn("the processes compute nothing of streamed prompts: {}", std::string(shared.message()));
+    experts_->Share(nullptr, nullptr);
+    return absl::OkStatus();
+  }
+  if (automatic) {
+    ShareShape shape;
+    shape.experts = c_.n_routed_experts;
+    shape.experts_per_token = c_.num_experts_per_tok;
+    shape.ahead = experts_->experts_ahead();
+    shape.call_tokens = options_.call_tokens;
+    shape.most_tokens = std::min(options_.stream.max_tokens, experts_->shared_calls()->max_tokens());
+    costs_->alone = std::min(call / SharedCallSeconds(*costs_, shape, shape.call_tokens), 1.0);
+    from_alone_ = std::min(from_alone_, ShareBreakEven(*costs_, shape));
+  }
   return absl::OkStatus();
+}
+
+// Layers of made-up tokens with experts chosen evenly, shared by what the layers before have shown.
+absl::StatusOr<StreamedPrefill::Balance> StreamedPrefill::MeasureBalance(int64_t tokens,
+                                                                         double stream_expert) {
+  const int64_t k = c_.num_experts_per_tok;
+  const std::vector<int32_t> ids = RandomExperts(tokens, k, c_.n_routed_experts);
+  cudaStream_t stream = nullptr;
+  cudaEvent_t done = nullptr;
+  absl::Status status = ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
+  // A thread that waits is not to take a processor from the experts.
+  status.Update(
+      ToStatus(cudaEventCreateWithFlags(&done, cudaEventDisableTiming | cudaEventBlockingSync), "an event"));
+  RoutedCall call;
+  call.n = tokens;
+  call.normed = options_.normed;
+  call.ids = options_.ids;
+  call.weights = options_.weights;
+  call.x = options_.x;
+  const auto set = [&](cudaError_t error) { status.Update(ToStatus(error, "made-up layers")); };
+  // Small numbers, since zeros may be faster than others.
+  const size_t hidden_bytes = static_cast<size_t>(tokens * c_.hidden_size) * sizeof(float);
+  if (status.ok()) {
+    set(cudaMemsetAsync(options_.normed, kSmallNumber, hidden_bytes, stream));
+    set(cudaMemsetAsync(options_.x, kSmallNumber, hidden_bytes, stream));
+    set(cudaMemsetAsync(options_.weights, kSmallNumber, ids.size() * sizeof(float), stream));
+    set(cudaMemcpyAsync(options_.ids, ids.data(), ids.size() * sizeof(int32_t), cudaMemcpyHostToDevice,
+                        stream));
+  }
+  if (status.ok()) status = experts_->Begin();
+  StreamedExperts::Totals before;
+  Balance sum;
+  int counted = 0;
+  double slack = 0;  // of the bus, at the end of the layer before
+  trial_ = ShareCosts{.stream_expert = stream_expert};
+  for (int i = 0; i < kTrials && status.ok(); ++i) {
+    call.layer = c_.first_k_dense_replace + i % c_.num_moe_layers();
+    status = experts_->Ask(call, stream);
+    if (status.ok()) status = experts_->Add(call, stream);
+    set(cudaEventRecord(done, stream));
+    set(cudaEventSynchronize(done));
+    const absl::StatusOr<StreamedExperts::Totals> all = experts_->End();
+    status.Update(all.status());
+    if (!status.ok()) break;
+    const StreamedExperts::Totals t = all->Since(before);
+    before = *all;
+    if (t.shared == 0) break;  // the processes are of no use here
+    const auto shared = static_cast<double>(t.shared);
+    const auto streamed = static_cast<double>(t.used - t.shared);
+    const auto ahead = static_cast<double>(std::min(experts_->experts_ahead(), t.used - t.shared));
+    Balance b;
+    // What came before the layer began does not show in its time.
+    b.stream_expert = (t.worked + slack) / std::max(streamed, 1.0);
+    if (slack > ahead * b.stream_expert) b.stream_expert = t.worked / std::max(streamed - ahead, 1.0);
+    b.call_expert = t.processes / shared;
+    b.pairs = static_cast<double>(t.shared_pairs) / shared;
+    b.call = std::max(t.worked + t.waited - t.processes, 0.0);
+    slack = t.waited;
+    trial_->stream_expert = b.stream_expert;
+    trial_->call_expert = b.call_expert;
+    if (i < kTrials - kCounted && i > 0) continue;
+    if (i == kTrials - kCounted) sum = Balance(), counted = 0;
+    sum.stream_expert += b.stream_expert;
+    sum.call_expert += b.call_expert;
+    sum.pairs += b.pairs;
+    sum.call = counted == 0 ? b.call : std::min(sum.call, b.call);  // most of it may be waiting the other way
+    ++counted;
+  }
+  if (done != nullptr) cudaEventDestroy(done);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  TANDEM_RETURN_IF_ERROR(status);
+  if (counted == 0) return absl::InternalError("no made-up layer was shared");
+  sum.stream_expert /= counted;
+  sum.call_expert /= counted;
+  sum.pairs /= counted;
+  return sum;
+}
+
+absl::Status StreamedPrefill::MeasureRest(ShareCosts* c) const {
+  const int64_t least = std::min(options_.call_tokens, options_.rest_most);
+  TANDEM_ASSIGN_OR_RETURN(const double small, options_.time_rest(least));
+  TANDEM_ASSIGN_OR_RETURN(const double large, options_.time_rest(options_.rest_most));
+  const auto layers = static_cast<double>(c_.num_hidden_layers);
+  if (options_.rest_most > least) {
+    c->rest_token = std::max((large - small) / layers / static_cast<double>(options_.rest_most - least), 0.0);
+  }
+  c->rest = std::max(small / layers - c->rest_token * static_cast<double>(least), 0.0);
+  return absl::OkStatus();
+}
+
+// Few and many tokens of an expert tell what it takes the processes, and what each of its tokens.
+absl::Status StreamedPrefill::MeasureShare(double rate) {
+  const double alone = static_cast<double>(experts_->LayerBytes(c_.first_k_dense_replace)) /
+                       static_cast<double>(c_.n_routed_experts) / rate;
+  const int64_t most = std::min(options_.stream.max_tokens, experts_->shared_calls()->max_tokens());
+  const int64_t less = std::min(kFewTokens, most);
+  ShareCosts c;
+  TANDEM_RETURN_IF_ERROR(MeasureRest(&c));
+  TANDEM_ASSIGN_OR_RETURN(const Balance few, MeasureBalance(less, alone));
+  Balance many = few;
+  if (most > less) {
+    TANDEM_ASSIGN_OR_RETURN(many, MeasureBalance(most, few.stream_expert));
+  }
+  if (many.pairs > few.pairs) {
+    c.call_pair = std::max((many.call_expert - few.call_expert) / (many.pairs - few.pairs), 0.0);
+  }
+  c.call_expert = std::max(few.call_expert - few.pairs * c.call_pair, 0.0);
+  c.stream_expert = (few.stream_expert + many.stream_expert) / 2;
+  // Where the GPU was the later one all the time, its time is in it: not more than the way there and back can
+  // take.
+  constexpr double kMostWays = 3;
+  const int processes = group_.processes();
+  const size_t answer = processes > 1 ? sizeof(double) : sizeof(float);
+  const double ways =
+      static_cast<double>(c_.hidden_size * processes) * static_cast<double>(sizeof(uint16_t) + answer) / rate;
+  c.call_token = std::min(
+      {few.call / static_cast<double>(less), many.call / static_cast<double>(most), kMostWays * ways});
+  costs_ = c;
+  spdlog::info(
+      "both at once: an expert takes {:.0f} us to come (of {} tokens a step {:.0f}, of {} {:.0f}; alone "
+      "{:.0f}); "
+      "the processes {:.0f} us for one, {:.1f} us for each of its tokens (together {:.0f} and {:.0f}) and "
+      "{:.2f} "
+      "us for a token of the call; all else of a layer {:.0f} us and {:.2f} us a token",
+      c.stream_expert * 1e6, less, few.stream_expert * 1e6, most, many.stream_expert * 1e6, alone * 1e6,
+      c.call_expert * 1e6, c.call_pair * 1e6, few.call_expert * 1e6, many.call_expert * 1e6,
+      c.call_token * 1e6, c.rest * 1e6, c.rest_token * 1e6);
+  return absl::OkStatus();
+}
+
+int64_t StreamedPrefill::from_tokens(bool beside) const {
+  const int64_t from = beside ? from_beside_ : from_alone_;
+  return experts_ != nullptr && from <= options_.stream.max_tokens ? from : 0;
+}
+
+// Whether no other step has run since the layer before.
+bool StreamedPrefill::Undisturbed() {
+  const int64_t begun = others_begun_;
+  return others_ == 0 && std::exchange(others_seen_, begun) == begun;
+}
+
+std::vector<bool> StreamedPrefill::Choose(int64_t tokens, std::span<const int32_t> counts,
+                                          const std::vector<bool>& ahead) {
+  tokens_ = tokens;
+  if (trial_) {
+    return trial_->call_expert > 0 ? ChooseShared(*trial_, tokens, counts, ahead)
+                                   : ChoosePercent(kFirstPercent, counts, ahead);
+  }
+  if (options_.share.mode == StreamShare::Mode::kPercent) {
+    return ChoosePercent(options_.share.percent, counts, ahead);
+  }
+  if (!costs_ || !Undisturbed()) return std::vector<bool>(counts.size());
+  return ChooseShared(*costs_, tokens, counts, ahead);
 }
 
 absl::StatusOr<RoutedExperts*> StreamedPrefill::Begin() {
   if (experts_ == nullptr) return nullptr;
+  others_seen_ = others_begun_;
+  tokens_ = 0;
   TANDEM_RETURN_IF_ERROR(experts_->Begin());
   return experts_.get();
+}
+
+absl::Status StreamedPrefill::End() {
+  if (experts_ == nullptr) return absl::OkStatus();
+  TANDEM_ASSIGN_OR_RETURN(const StreamedExperts::Totals t, experts_->End());
+  if (t.shared > 0) {
+    const auto layers = static_cast<double>(t.layers);
+    spdlog::info(
+        "a streamed step of {} tokens: of {:.1f} experts a layer the processes computed {:.1f}; the GPU "
+        "waited "
+        "{:.2f} ms a layer for them",
+        tokens_, static_cast<double>(t.used) / layers, static_cast<double>(t.shared) / layers,
+        1e3 * t.waited / layers);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace tandem::attention::cuda
