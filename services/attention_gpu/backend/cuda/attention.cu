@@ -19,6 +19,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
+#include "services/attention_gpu/backend/cuda/int8_form.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
 
@@ -128,16 +130,28 @@ __global__ void __launch_bounds__(kGroups* kWarps * 32, 1) Attend(const Attentio
   constexpr int kExchangeBytes = S::ExchangeBytes(kGroups);
   extern __shared__ __align__(16) unsigned char shared[];
 
+  LetNextBegin();
   const int64_t t = blockIdx.y;
   const int position = p.rows.position[t], splits = p.splits[t], split = blockIdx.z;
-  if (position < 0 || split >= splits) return;
-  const Stretch stretch = StretchOf(position + 1, splits, split);
+  const Stretch stretch =
+      position < 0 || split >= splits ? Stretch{0, 0} : StretchOf(position + 1, splits, split);
   const int tiles = (stretch.end - stretch.begin + kTile - 1) / kTile;
-  if (tiles == 0) return;
+  if (tiles == 0) {
+    AwaitEarlier();
+    return;
+  }
+  // Cache rows on their way to the L2 cache: only that is allowed before what writes them has ended.
+  const int32_t* pages = p.rows.pages + p.rows.first_page[t];
+  if (threadIdx.x < min(tiles, kBuffers)) {
+    const int first = stretch.begin + threadIdx.x * kTile;
+    const int64_t at = static_cast<int64_t>(pages[first / p.rows.page_tokens]) * p.rows.page_tokens +
+                       first % p.rows.page_tokens;
+    PrefetchToL2(static_cast<const unsigned char*>(p.cache) + at * S::kRowBytes, kTile * S::kRowBytes);
+  }
+  AwaitEarlier();
 
   const int thread = threadIdx.x, lane = thread & 31, quarter = thread >> 5 & 3, group = thread >> 7;
   const int first_head = (static_cast<int>(blockIdx.x) * kGroups + group) * kHeads;
-  const int32_t* pages = p.rows.pages + p.rows.first_page[t];
   float4* const exchange =
       reinterpret_cast<float4*>(shared + kBuffers * S::kTileBytes) + group * kSlots * kSlotValues;
   float* const keep =
@@ -185,7 +199,7 @@ __global__ void __launch_bounds__(kGroups* kWarps * 32, 1) Attend(const Attentio
                                                                        : (lane & 3) * 2 + (i >> 1) * 8);
         query[m][s][i] =
             head < p.heads && step < S::kSteps
-                ? __ldg(reinterpret_cast<const uint32_t*>(p.query + (t * p.heads + head) * S::kWidth + at))
+                ? *reinterpret_cast<const uint32_t*>(p.query + (t * p.heads + head) * S::kWidth + at)
                 : 0;
       }
     }
@@ -450,9 +464,22 @@ constexpr int kCombineGroups = 4, kCombineThreads = 128;
 // One head of one row: its parts, weighted by exp(their reference - the largest of all). Group g adds parts
 // g, g + 4, ..., then the groups' sums are added.
 __global__ void __launch_bounds__(kCombineGroups* kCombineThreads) Combine(const AttentionParams p) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t t = blockIdx.y, head = blockIdx.x;
   const int position = p.rows.position[t], splits = p.splits[t];
-  if (position < 0 || splits <= 1) return;
+  if (position < 0) return;
+  const int group = threadIdx.x / kCombineThreads, i = threadIdx.x % kCombineThreads;
+  auto form = [&](const float4& v) {
+    QuantizeFour(v, (p.form_first + t) * p.heads + head, i,
+                 {p.q, p.q_meta, p.form_rows * p.heads, p.lora, p.heads});
+  };
+  if (splits <= 1) {
+    if (p.q != nullptr && group == 0 && i * 4 < p.lora) {
+      form(reinterpret_cast<const float4*>(p.out + (t * p.heads + head) * p.lora)[i]);
+    }
+    return;
+  }
   __shared__ float factor[kMaxSplits];
   __shared__ float4 sums[kCombineGroups][kCombineThreads];
   const int length = StretchLength(position + 1, splits);
@@ -483,7 +510,6 @@ __global__ void __launch_bounds__(kCombineGroups* kCombineThreads) Combine(const
     for (int i = 0; i < kMaxSplits / 32; ++i) factor[threadIdx.x + 32 * i] = weight[i] / sum;
   }
   __syncthreads();
-  const int group = threadIdx.x / kCombineThreads, i = threadIdx.x % kCombineThreads;
   float4 sum = make_float4(0, 0, 0, 0);
   if (i * 4 < p.lora) {
     const float4* from = reinterpret_cast<const float4*>(p.partial + (first * p.heads + head) * p.lora) + i;
@@ -504,7 +530,11 @@ __global__ void __launch_bounds__(kCombineGroups* kCombineThreads) Combine(const
     const float4 v = sums[g][i];
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  reinterpret_cast<float4*>(p.out + (t * p.heads + head) * p.lora)[i] = sum;
+  if (p.q != nullptr) {
+    form(sum);
+  } else {
+    reinterpret_cast<float4*>(p.out + (t * p.heads + head) * p.lora)[i] = sum;
+  }
 }
 
 // Calls f(shape, groups, buffers) with the kernel's constants as types. `shared`: what a block may have.
@@ -581,13 +611,12 @@ cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream) {
     constexpr int kBlockHeads = kGroups * kHeads;
     const dim3 grid(static_cast<unsigned>((p.heads + kBlockHeads - 1) / kBlockHeads),
                     static_cast<unsigned>(p.n), static_cast<unsigned>(p.most_splits));
-    Attend<S, kGroups, kBuffers><<<grid, kGroups * kWarps * 32, S::Bytes(kGroups, kBuffers), stream>>>(p);
-    return cudaGetLastError();
+    return LaunchEarly(Attend<S, kGroups, kBuffers>, grid, kGroups * kWarps * 32, S::Bytes(kGroups, kBuffers),
+                       stream, p);
   });
-  if (e == cudaSuccess && p.most_splits > 1) {
-    Combine<<<dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)),
-              kCombineGroups * kCombineThreads, 0, stream>>>(p);
-    e = cudaGetLastError();
+  if (e == cudaSuccess && (p.most_splits > 1 || p.q != nullptr)) {
+    e = LaunchEarly(Combine, dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)),
+                    kCombineGroups * kCombineThreads, 0, stream, p);
   }
   return e;
 }

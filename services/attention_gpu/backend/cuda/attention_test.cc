@@ -132,7 +132,34 @@ class Attention {
     p.type = type_;
     p.shared_bytes = shared_bytes_;
     Check(LaunchAttention(p, nullptr));
-    return out.Download();
+    auto got = out.Download();
+    if (*std::min_element(position.begin(), position.end()) >= 0) ExpectForm(p, out);
+    return got;
+  }
+
+  // The int8 form in place of `out` is that of `out`; here of rows behind another one, which is zeros.
+  void ExpectForm(AttentionParams p, const DeviceArray<float>& out) {
+    const int64_t a_row = static_cast<int64_t>(s_.heads) * s_.lora, rows = (p.n + 1) * s_.heads;
+    std::vector<float> x((p.n + 1) * a_row);
+    const DeviceArray<float> zeros(x);
+    const auto values = out.Download();
+    std::copy(values.begin(), values.end(), x.begin() + a_row);
+    const DeviceArray<float> d_x(x);
+    const int64_t size = Int8FormRows(rows, s_.heads) * s_.lora;
+    const DeviceArray<int8_t> want(size), got(size);
+    const DeviceArray<float2> want_meta(size / 32), got_meta(size / 32);
+    Check(
+        LaunchQuantize({d_x.get(), s_.lora, rows, s_.lora, s_.heads, want.get(), want_meta.get()}, nullptr));
+    Check(
+        LaunchQuantize({zeros.get(), s_.lora, rows, s_.lora, s_.heads, got.get(), got_meta.get()}, nullptr));
+    p.q = got.get();
+    p.q_meta = got_meta.get();
+    p.form_rows = p.n + 1;
+    p.form_first = 1;
+    Check(LaunchAttention(p, nullptr));
+    EXPECT_EQ(got.Download(), want.Download());
+    const auto got_m = got_meta.Download(), want_m = want_meta.Download();
+    EXPECT_EQ(std::memcmp(got_m.data(), want_m.data(), got_m.size() * sizeof(float2)), 0);
   }
 
   std::vector<float> OnCpu(const RowAt& row, const uint16_t* queries) {

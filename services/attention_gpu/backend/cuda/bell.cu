@@ -1,12 +1,13 @@
 // Requests into shared memory, answers out of it.
 //
 // Order. A block's writes to host memory, then a fence of system scope, then the count of blocks that are
-// done; the last block raises the bells with release. Where a stream operation raises them, the kernel's end
-// orders the writes before it. The waiting side reads the flag with acquire; the answer itself is read past
-// the caches, since the GPU's do not see what the host writes.
+// done; the last block raises the bells with release (which is a fence of its own). Where a stream operation
+// raises them, the kernel's end orders the writes before it. The waiting side reads the flag with acquire;
+// the answer itself is read past the caches, since the GPU's do not see what the host writes.
 #include <cuda_bf16.h>
 
 #include "services/attention_gpu/backend/cuda/bell_kernels.h"
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/experts/deferral_rule.h"
 
 namespace tandem::attention::cuda {
@@ -49,6 +50,8 @@ __device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
 }
 
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -88,7 +91,6 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   __syncthreads();
   if (threadIdx.x != 0 || atomicAdd(p.blocks_done, 1) != gridDim.x - 1) return;
   *p.blocks_done = 0;
-  __threadfence_system();
   for (int r = 0; r < p.count; ++r) {
     StoreRelease(SlotOf(p.rings[r], p.at, p.index) + p.at.bell,
                  static_cast<uint32_t>(p.rings[r].first) + p.index);
@@ -107,13 +109,36 @@ __device__ bool Answered(const AnswerParams& p, int r) {
     if (!p.wait || Stopped(p)) return false;
     __nanosleep(kPause);
   }
+  // All on their way over the bus together.
   const auto* answer = reinterpret_cast<const WireAnswer*>(slot + p.at.answer);
-  return LoadOnce(&answer->sequence) == ring.first + p.index && LoadOnce(&answer->epoch) == ring.epoch &&
-         LoadOnce(&answer->status) == 0;
+  const uint64_t sequence = LoadOnce(&answer->sequence), epoch = LoadOnce(&answer->epoch);
+  const uint32_t status = LoadOnce(&answer->status);
+  return sequence == ring.first + p.index && epoch == ring.epoch && status == 0;
 }
 
+// Values 4 i to 4 i + 3 of the answers' sum.
+__device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, int64_t i) {
+  if (!p.double_output) {
+    const uint8_t* slot = SlotOf(p.rings[0], p.at, p.index);
+    return __ldcv(reinterpret_cast<const float4*>(slot + p.at.output) + i);
+  }
+  double2 low = {0, 0}, high = {0, 0};
+  for (int r = 0; r < p.count; ++r) {
+    const uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
+    const auto* from = reinterpret_cast<const double2*>(slot + p.at.output) + 2 * i;
+    const double2 a = __ldcv(from), b = __ldcv(from + 1);
+    low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
+  }
+  return make_float4(static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
+                     static_cast<float>(high.y));
+}
+
+// Answers are waited for and fetched while the kernels in front are still at work: nothing on the device
+// writes them. What comes next begins only when they are there: until then the device's processors are for
+// others.
 __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   __shared__ int good;
+  if (!p.wait) AwaitEarlier();  // somebody in front has waited
   if (threadIdx.x == 0) {
     bool all = true;
     for (int r = 0; r < p.count; ++r) all = Answered(p, r) && all;
@@ -121,25 +146,15 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
     if (!all && blockIdx.x == 0 && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
   }
   __syncthreads();
-  if (good == 0) return;
-  const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < values;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (p.double_output) {
-      double2 low = {0, 0}, high = {0, 0};
-      for (int r = 0; r < p.count; ++r) {
-        const uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
-        const auto* from = reinterpret_cast<const double2*>(slot + p.at.output) + 2 * i;
-        const double2 a = __ldcv(from), b = __ldcv(from + 1);
-        low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
-      }
-      sum = make_float4(static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
-                        static_cast<float>(high.y));
-    } else {
-      const uint8_t* slot = SlotOf(p.rings[0], p.at, p.index);
-      sum = __ldcv(reinterpret_cast<const float4*>(slot + p.at.output) + i);
-    }
+  LetNextBegin();
+  const int64_t values = good == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  float4 ahead = make_float4(0, 0, 0, 0);
+  if (thread < values) ahead = AnswerAt(p, thread);
+  if (p.wait) AwaitEarlier();
+  for (int64_t i = thread; i < values; i += threads) {
+    const float4 sum = i == thread ? ahead : AnswerAt(p, i);
     float4& x = reinterpret_cast<float4*>(p.x)[i];
     x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
   }
@@ -154,16 +169,14 @@ unsigned Blocks(int64_t n, int64_t hidden, int most) {
 
 cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream) {
   if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
-  Ask<<<Blocks(p.n, p.hidden, 4 * kMostBlocks), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(Ask, Blocks(p.n, p.hidden, 4 * kMostBlocks), kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream) {
   if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
   if (!p.double_output && p.count != 1) return cudaErrorInvalidValue;
   // Few blocks look over the bus; the rest of the GPU stays free.
-  Add<<<Blocks(p.n, p.hidden, kMostBlocks), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(Add, Blocks(p.n, p.hidden, kMostBlocks), kThreads, 0, stream, p);
 }
 
 }  // namespace tandem::attention::cuda

@@ -382,6 +382,8 @@ int Main(const std::string& what) {
     for (T type : {T::kQ4_K, T::kQ5_K, T::kQ6_K, T::kQ8_0, T::kQ5_0, T::kQ4_0, T::kF16, T::kBF16, T::kF32}) {
       Products({{"attn_output", type, 7168, 16384}}, {1, 2, 4, 8, 16});
     }
+  }
+  if (wanted("layer")) {
     const WeightShape q_a{"q_a", T::kQ4_K, 1536, 7168}, kv_a{"kv_a", T::kQ4_K, 576, 7168},
         gate{"gate", T::kQ4_K, 2048, 7168}, up{"up", T::kQ4_K, 2048, 7168};
     for (const std::vector<WeightShape>& s :
@@ -389,6 +391,7 @@ int Main(const std::string& what) {
                                                {kv_a},
                                                {q_a, kv_a},
                                                {{"q_b", T::kQ4_K, 24576, 1536}},
+                                               {{"attn_output", T::kQ4_K, 7168, 16384}},
                                                {{"k_b", T::kF16, 512, 128, 128}},
                                                {{"k_b", T::kQ8_0, 512, 128, 128}},
                                                {{"v_b", T::kQ4_K, 128, 512, 128}},
@@ -425,6 +428,12 @@ int Main(const std::string& what) {
       Attention(4096, 256, false, type);
       Attention(16384, 256, false, type);
     }
+  }
+  if (wanted("splits")) {
+    for (int split : {4, 8, 16, 32}) Attention(1024, 1, true, kCacheBf16, split);
+    for (int split : {16, 32, 64}) Attention(2048, 1, true, kCacheBf16, split);
+    for (int split : {32, 64}) Attention(8192, 1, true, kCacheBf16, split);
+    for (int split : {8, 16, 32}) Attention(1024, 8, true, kCacheBf16, split);
   }
   if (wanted("prefill")) {
     for (int64_t tokens : {4096, 16384}) {

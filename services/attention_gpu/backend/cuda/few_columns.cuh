@@ -1,29 +1,37 @@
 // The frame of products with few columns: which warp takes what, and how sums meet. How weights and
 // activations are read and multiplied is a Unit's business (int8_products.cu, matvec.cu).
 //
-// A warp computes 16 weight rows times kTiles * 8 columns. It goes through the rows a unit of values at a
-// time and has the next unit on its way meanwhile. Where rows are few, several warps of a block share them:
-// warp s of S takes units s, s + S, ... and the sums are added in order through shared memory. How many share
-// depends on the weight's shape alone, so a row and column have the same bits in every call.
+// A warp computes 16 weight rows times 8 columns. It goes through the rows a unit of values at a time and has
+// the next unit on its way meanwhile. Where rows are few, several warps of a block share them: warp s of S
+// takes units s, s + S, ... and the sums are added in order through shared memory. How many share depends on
+// the weight's shape alone, so a row and column have the same bits in every call. Blocks of the same rows and
+// of different columns are neighbours: they read the weights at about the same time, all but the first from
+// the L2 cache.
 //
 // A Unit has
 //   static int Count(int cols)                         how many units a row has
 //   void Load(rows, cols, unit, lane)                  starts reading the unit of rows[0] and rows[1]
-//   void Add(cols, unit, lane, activations, sum)       sum += the unit's products
-//   template <int kTiles> struct Columns(p, batch, first_column, lane)   the activations
-// Lane (g, t) = (lane / 4, lane % 4) has the weight rows g and g + 8 of the 16, and of each tile the sums of
-// these rows and of columns 2 t and 2 t + 1.
+//   void Add(cols, unit, lane, columns, sum)           sum += the unit's products
+//   Columns      the activations of 8 columns: Columns(p, batch, first_column, lane). Where kBytes is not 0
+//                they come by way of so many bytes of shared memory, copied there with the weights that meet
+//                them: all lanes call Copy(unit, shared), later At(unit, shared)
+//   One          void, or how a single column is multiplied (int8_units.cuh)
+// Lane (g, t) = (lane / 4, lane % 4) has the weight rows g and g + 8 of the 16, and the sums of these rows
+// and of columns 2 t and 2 t + 1.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/mma.cuh"
 
 namespace tandem::attention::cuda {
 
 constexpr int kRowTile = 16;
 constexpr int kMostParts = 3;        // matrices of a launch
-constexpr int kMostShares = 16;      // warps that share rows
+constexpr int kMostShares = 8;       // warps that share rows
 constexpr int64_t kFewWarps = 2048;  // about as many as run at once; more only where rows are that many
 
 // One of the matrices that a launch multiplies with the same activations.
@@ -33,7 +41,7 @@ struct FewColumnsPart {
   float* y;
   int64_t y_batch, y_column;
   int32_t shares;
-  uint32_t first_block;  // of the grid's x
+  uint32_t first_block;  // of the grid's y
   bool accumulate;
 };
 struct FewColumns {
@@ -46,68 +54,166 @@ struct FewColumns {
   int32_t columns;
 };
 
-template <class Unit, int kTiles, int kWarps>
+// What a warp of a launch works on.
+struct WarpRows {
+  const FewColumnsPart& part;
+  int64_t batch;
+  int lane, warp, shares, share;
+  int64_t rows[2];  // of this lane; may be behind the last
+  const uint8_t* row[2];
+
+  template <int kWarps>
+  static __device__ __forceinline__ WarpRows Of(const FewColumns& p) {
+    int which = 0;
+    while (which + 1 < p.parts && blockIdx.y >= p.part[which + 1].first_block) ++which;
+    const FewColumnsPart& part = p.part[which];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, shares = part.shares;
+    const int64_t batch = blockIdx.z;
+    const int64_t first =
+        (static_cast<int64_t>(blockIdx.y - part.first_block) * (kWarps / shares) + warp / shares) * kRowTile +
+        (lane >> 2);
+    // Lanes without a row work on the last one.
+    const uint8_t* data = part.data + batch * part.rows * p.row_bytes;
+    return {
+        part,
+        batch,
+        lane,
+        warp,
+        shares,
+        warp % shares,
+        {first, first + 8},
+        {data + min(first, part.rows - 1) * p.row_bytes, data + min(first + 8, part.rows - 1) * p.row_bytes}};
+  }
+
+  __device__ __forceinline__ void Store(int column, int64_t r, float sum) const {
+    if (r >= part.rows) return;
+    float* y = part.y + batch * part.y_batch + column * part.y_column + r;
+    *y = part.accumulate ? *y + sum : sum;
+  }
+};
+
+template <class Unit, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     FewColumnsProduct(const __grid_constant__ FewColumns p) {
-  __shared__ float parts[kWarps][kTiles][4][32];
-  int which = 0;
-  while (which + 1 < p.parts && blockIdx.x >= p.part[which + 1].first_block) ++which;
-  const FewColumnsPart& part = p.part[which];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, shares = part.shares, share = warp % shares;
-  const int64_t batch = blockIdx.y;
-  const int first_column = blockIdx.z * kTiles * 8;
-  const int64_t first =
-      (static_cast<int64_t>(blockIdx.x - part.first_block) * (kWarps / shares) + warp / shares) * kRowTile;
-  const int64_t rows[2] = {first + (lane >> 2), first + (lane >> 2) + 8};
-  const uint8_t* row[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // Lanes without a row work on the last one.
-    row[r] = part.data + (batch * part.rows + min(rows[r], part.rows - 1)) * p.row_bytes;
-  }
-  const typename Unit::template Columns<kTiles> x(p, batch, first_column, lane);
-
-  float sum[kTiles][4] = {};
+  using Columns = typename Unit::Columns;
+  constexpr int kStages = 2;
+  __shared__ float parts[kWarps][4][32];
+  LetNextBegin();
+  const WarpRows w = WarpRows::Of<kWarps>(p);
+  const int lane = w.lane, shares = w.shares;
+  const uint8_t* const row[2] = {w.row[0], w.row[1]};
+  const int first_column = blockIdx.x * 8;
   const int units = Unit::Count(p.cols);
-  Unit even, odd;
-  int unit = share;
-  if (unit < units) even.Load(row, p.cols, unit, lane);
-  while (unit < units) {
-    int next = unit + shares;
-    if (next < units) odd.Load(row, p.cols, next, lane);
-    even.Add(p.cols, unit, lane, x, sum);
-    if (next >= units) break;
-    unit = next + shares;
-    if (unit < units) even.Load(row, p.cols, unit, lane);
-    odd.Add(p.cols, next, lane, x, sum);
+  Unit stage[kStages];
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    const int unit = w.share + i * shares;
+    if (unit < units) stage[i].Load(row, p.cols, unit, lane);
+  }
+  AwaitEarlier();
+  float sum[4] = {};
+  Columns x(p, w.batch, first_column, lane);
+  // `ready` before a unit is multiplied, `copy` for the one that takes its place.
+  auto multiply = [&](const auto& ready, const auto& copy) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) copy(w.share + i * shares, i);
+    for (int unit = w.share; unit < units;) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        if (unit >= units) break;
+        ready(unit, i);
+        stage[i].Add(p.cols, unit, lane, x, sum);
+        const int next = unit + kStages * shares;
+        if (next < units) stage[i].Load(row, p.cols, next, lane);
+        copy(next, i);
+        unit += shares;
+      }
+    }
+  };
+  if constexpr (Columns::kBytes > 0) {
+    __shared__ __align__(16) unsigned char staged[kWarps][kStages][Columns::kBytes];
+    multiply(
+        [&](int unit, int i) {
+          WaitCopies<kStages - 1>();
+          __syncwarp();
+          x.At(unit, staged[w.warp][i]);
+        },
+        [&](int unit, int i) {
+          __syncwarp();
+          if (unit < units) x.Copy(unit, staged[w.warp][i]);
+          CommitCopies();
+        });
+  } else {
+    multiply([](int, int) {}, [](int, int) {});
   }
   if (shares > 1) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) parts[warp][tile][i][lane] = sum[tile][i];
-    }
+    for (int i = 0; i < 4; ++i) parts[w.warp][i][lane] = sum[i];
     __syncthreads();
-    if (share != 0) return;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for (int s = 1; s < shares; ++s) sum[tile][i] += parts[warp + s][tile][i][lane];
-      }
-    }
-  }
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+    if (w.share != 0) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = first_column + tile * 8 + 2 * (lane & 3) + (i & 1);
-      const int64_t r = rows[i >> 1];
-      if (column >= p.columns || r >= part.rows) continue;
-      float* y = part.y + batch * part.y_batch + column * part.y_column + r;
-      *y = part.accumulate ? *y + sum[tile][i] : sum[tile][i];
+      for (int s = 1; s < shares; ++s) sum[i] += parts[w.warp + s][i][lane];
     }
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = first_column + 2 * (lane & 3) + (i & 1);
+    if (column < p.columns) w.Store(column, w.rows[i >> 1], sum[i]);
+  }
+}
+
+// Some units of each warp's rows are on their way, the first ones before the activations are there.
+template <class One, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
+    OneColumnProduct(const __grid_constant__ FewColumns p) {
+  __shared__ float parts[kWarps][kRowTile];
+  LetNextBegin();
+  const WarpRows w = WarpRows::Of<kWarps>(p);
+  const uint8_t* const row[2] = {w.row[0], w.row[1]};
+  const int units = One::Count(p.cols);
+  constexpr int kStages = One::kStages;
+  One stage[kStages];
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    const int unit = w.share + i * w.shares;
+    if (unit < units) stage[i].Load(row, p.cols, unit, w.lane);
+  }
+  AwaitEarlier();
+  const int64_t at = w.batch * (p.cols >> 5) * 8;
+  const int8_t* const q = p.x.q + at * 32;
+  const float2* const meta = p.x.q_meta + at;
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    const int unit = w.share + i * w.shares;
+    if (unit < units) stage[i].LoadColumn(q, meta, unit, w.lane);
+  }
+  float sum[2] = {0, 0};
+  for (int unit = w.share; unit < units;) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      if (unit >= units) break;
+      stage[i].Add(w.lane, sum);
+      const int next = unit + kStages * w.shares;
+      if (next < units) {
+        stage[i].Load(row, p.cols, next, w.lane);
+        stage[i].LoadColumn(q, meta, next, w.lane);
+      }
+      unit += w.shares;
+    }
+  }
+  // All lanes (g, t) of a g have both sums of it: t 0 and 1 go on with one each.
+  const int r = w.lane & 1;
+  const bool goes_on = (w.lane & 2) == 0;
+  float total = r == 0 ? sum[0] : sum[1];
+  if (w.shares > 1) {
+    const int place = (w.lane >> 2) * 2 + r;
+    if (goes_on) parts[w.warp][place] = total;
+    __syncthreads();
+    if (w.share != 0) return;
+    for (int s = 1; s < w.shares; ++s) total += parts[w.warp + s][place];
+  }
+  if (goes_on) w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
 }
 
 // `count` products, up to kMostParts, of the same activations, cols, row_bytes, columns and batches.
@@ -136,14 +242,15 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
     const int64_t per_block = warps / f.part[i].shares * kRowTile;
     blocks += static_cast<uint32_t>((p[i].w.rows + per_block - 1) / per_block);
   }
-  const bool one = f.columns <= 8;
-  const auto kernel = warps == 4   ? (one ? FewColumnsProduct<Unit, 1, 4> : FewColumnsProduct<Unit, 2, 4>)
-                      : warps == 8 ? (one ? FewColumnsProduct<Unit, 1, 8> : FewColumnsProduct<Unit, 2, 8>)
-                                   : (one ? FewColumnsProduct<Unit, 1, 16> : FewColumnsProduct<Unit, 2, 16>);
-  const dim3 grid(blocks, static_cast<unsigned>(p->batches),
-                  static_cast<unsigned>(one ? 1 : (f.columns + 15) / 16));
-  kernel<<<grid, warps * 32, 0, stream>>>(f);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>((f.columns + 7) / 8), blocks, static_cast<unsigned>(p->batches));
+  auto launch = [&](auto kernel) { return LaunchEarly(kernel, grid, warps * 32, 0, stream, f); };
+  if constexpr (!std::is_void_v<typename Unit::One>) {
+    if (f.columns == 1) {
+      using One = typename Unit::One;
+      return launch(warps == 4 ? OneColumnProduct<One, 4> : OneColumnProduct<One, 8>);
+    }
+  }
+  return launch(warps == 4 ? FewColumnsProduct<Unit, 4> : FewColumnsProduct<Unit, 8>);
 }
 
 // int8_products.cu: LaunchFewColumns for quantized weights.

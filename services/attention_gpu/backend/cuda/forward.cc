@@ -120,7 +120,7 @@ absl::Status Forward::Run(const Activations& a, int64_t columns, std::initialize
 
 // For each head: y[t, h, :] = w[h] x[t, h, :]; the heads' vectors of x are x_head apart, those of y y_head.
 absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                              int64_t y_head) {
+                              int64_t y_head, bool formed) {
   const int64_t heads = c_.num_attention_heads;
   Activations a;
   a.x = x;
@@ -128,7 +128,12 @@ absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, 
   a.cols = w.cols;
   const bool small = Small(n);
   const bool form = small ? !IsFloatType(w.type) : w.type != kF32;
-  if (form) TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
+  if (formed) {
+    a.q = work_.form_q;
+    a.q_meta = work_.form_q_meta;
+  } else if (form) {
+    TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
+  }
   ProductParams p;
   p.w = w;
   p.x = a;
@@ -170,8 +175,6 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   write.n = n;
   write.lora = lora;
   write.rope = rope;
-  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchCacheWrite(write, stream_), "the KV cache"));
-
   TANDEM_RETURN_IF_ERROR(PerHead(w.k_b, n, work_.q, qk, work_.latents, lora));
   QueryParams query;
   query.rows = rows;
@@ -185,13 +188,15 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   query.lora = lora;
   query.nope = static_cast<int32_t>(c_.qk_nope_head_dim);
   query.rope = rope;
-  TANDEM_RETURN_IF_ERROR(ToStatus(LaunchQuery(query, stream_), "the query"));
+  TANDEM_RETURN_IF_ERROR(
+      ToStatus(LaunchQueryAndCacheWrite(query, write, stream_), "the query and the KV cache"));
+  const bool formed = Small(n) && !IsFloatType(w.v_b.type);
   for (const AttentionRange& range : work_.ranges) {
     if (range.first < piece.first || range.first >= piece.first + n) continue;
-    TANDEM_RETURN_IF_ERROR(Attend(layer, piece, range));
+    TANDEM_RETURN_IF_ERROR(Attend(layer, piece, range, formed));
   }
 
-  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim));
+  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim, formed));
   Activations out;
   out.x = work_.attended;
   out.x_stride = out.cols = heads * c_.v_head_dim;
@@ -199,7 +204,8 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   return Run(out, n, {{&w.output, x, hidden, /*accumulate=*/true}});
 }
 
-absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionRange& range) {
+// With `form` what comes out is in the int8 form.
+absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionRange& range, bool form) {
   const int64_t heads = c_.num_attention_heads, lora = c_.kv_lora_rank, at = range.first - piece.first;
   AttentionParams p;
   p.rows = work_.RowsFrom(range.first);
@@ -216,6 +222,12 @@ absl::Status Forward::Attend(int64_t layer, const Piece& piece, const AttentionR
   p.lora = static_cast<int32_t>(lora);
   p.rope = static_cast<int32_t>(c_.qk_rope_head_dim);
   p.most_splits = range.most_splits;
+  if (form) {
+    p.q = work_.form_q;
+    p.q_meta = work_.form_q_meta;
+    p.form_rows = piece.n;
+    p.form_first = at;
+  }
   return ToStatus(LaunchAttention(p, stream_), "attention");
 }
 

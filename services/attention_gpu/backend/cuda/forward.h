@@ -58,10 +58,11 @@ class Forward {
   absl::Status MakeForm(Activations& a, int64_t rows, bool small, int64_t heads = 1);
   absl::Status Run(const ProductParams& p);
   absl::Status Run(const Activations& a, int64_t columns, std::initializer_list<Product> products);
+  // With `formed` the int8 form of x is there already.
   absl::Status PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                       int64_t y_head);
+                       int64_t y_head, bool formed = false);
   absl::Status Attention(int64_t layer, const Piece& piece);
-  absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range);
+  absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range, bool form);
   // expanded_attention.cc
   absl::Status ExpandedAttention(int64_t layer, const AttentionBlock& block);
   absl::Status ExpandedChunk(int64_t layer, const PrefillLayout& at, const Piece& rows, int64_t position);

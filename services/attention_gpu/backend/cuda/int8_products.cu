@@ -4,67 +4,91 @@
 // integer sums of a sub-block, which are then scaled and added in float32.
 //
 // Which of the 32 values a lane holds does not matter as long as both operands agree on it. Lane (g, t) holds
-// of its rows the values 8 t to 8 t + 7 of a sub-block; where bytes hold values 16 apart (Q4_0, Q5_0) or
-// scales stand for 16 values (Q6_K), 4 t to 4 t + 3 and those 16 further on.
+// of its rows the values 8 t to 8 t + 7 of a sub-block; where bytes hold values 16 apart (Q4_0, Q5_0), 4 t
+// to 4 t + 3 and those 16 further on.
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
 #include "services/attention_gpu/backend/cuda/few_columns.cuh"
+#include "services/attention_gpu/backend/cuda/int8_units.cuh"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
 
 namespace tandem::attention::cuda {
 namespace {
-
-__device__ __forceinline__ uint2 Load8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
-__device__ __forceinline__ uint32_t Load4(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
-
-// Integer sums begin at the bits of 1.5 * 2^23 and stay below 2^22 in size: as bits of a float32, they are
-// that number plus the sum, exactly.
-constexpr int kZeroBits = 0x4b400000;
-__device__ __forceinline__ float IntegerOf(int bits) { return __int_as_float(bits) - 12582912.0f; }
 
 // Byte i of `word` as float32.
 __device__ __forceinline__ float FloatOfByte(uint32_t word, int i) {
   return static_cast<float>(word >> (8 * i) & 255);
 }
 
-// The activations of a batch: for each group of 8 columns, [blocks][8][32] integers and [blocks][8] scales.
-// Lanes whose columns do not exist get zeros.
-template <int kTiles>
+// (pair 0 + pair 1) + (pair 2 + pair 3), one after the other; in part[0] at the end.
+__device__ __forceinline__ void AddPair(int pair, float v, float (&part)[2]) {
+  if (pair == 0) {
+    part[0] = v;
+  } else if (pair == 1) {
+    part[0] += v;
+  } else if (pair == 2) {
+    part[1] = v;
+  } else {
+    part[0] += part[1] + v;
+  }
+}
+
+// 8 columns of a batch's activations, [blocks][8][32] integers and [blocks][8] scales, kBlocks sub-blocks at
+// a time. What stands for columns that do not exist is anything: nobody reads their sums.
+template <int kBlocks>
 struct Int8Columns {
+  static constexpr int kValues = kBlocks * 256, kBytes = kValues + kBlocks * 64;
   const int8_t* q;
   const float2* meta;
-  int64_t group;  // sub-blocks of 8 columns
-  int first_column, columns, lane;
+  const unsigned char* at = nullptr;
+  int blocks, first = 0, columns, lane;
 
-  __device__ __forceinline__ Int8Columns(const FewColumns& p, int64_t batch, int first, int lane_of_warp)
-      : group(p.cols >> 5), first_column(first), columns(p.columns), lane(lane_of_warp) {
-    const int64_t at = (batch * ((p.columns + 7) / 8) + first / 8) * group * 8;
-    q = p.x.q + at * 32;
-    meta = p.x.q_meta + at;
+  __device__ __forceinline__ Int8Columns(const FewColumns& p, int64_t batch, int first_column,
+                                         int lane_of_warp)
+      : blocks(p.cols >> 5), columns(p.columns - first_column), lane(lane_of_warp) {
+    const int64_t groups_before = batch * ((p.columns + 7) / 8) + first_column / 8;
+    q = p.x.q + groups_before * blocks * 256;
+    meta = p.x.q_meta + groups_before * blocks * 8;
   }
-  __device__ __forceinline__ bool HasValues(int tile) const {
-    return first_column + tile * 8 + (lane >> 2) < columns;
+  __device__ __forceinline__ void Copy(int unit, unsigned char* to) const {
+    const int begin = unit * kBlocks;
+    const uint32_t shared = SharedAddress(to);
+#pragma unroll
+    for (int i = 0; i < kBlocks / 2; ++i) {  // two lanes a column
+      const int part = i * 32 + lane;
+      if ((lane >> 1 & 7) < columns && begin + (part >> 4) < blocks) {
+        CopyAsync16(shared + part * 16, q + begin * 256 + part * 16, true);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < (kBlocks + 7) / 8; ++i) {  // two columns a lane
+      const int part = i * 32 + lane;
+      if (part < kBlocks * 4 && (lane & 3) * 2 < columns && begin + (part >> 2) < blocks) {
+        CopyAsync16(shared + kValues + part * 16, meta + begin * 8 + part * 2, true);
+      }
+    }
   }
-  // (scale, scale * sum) of columns 2 t and 2 t + 1.
-  __device__ __forceinline__ float4 Meta(int tile, int block) const {
-    if (first_column + tile * 8 + 2 * (lane & 3) >= columns) return make_float4(0, 0, 0, 0);
-    return __ldg(reinterpret_cast<const float4*>(meta + (tile * group + block) * 8) + (lane & 3));
+  __device__ __forceinline__ void At(int unit, const unsigned char* from) {
+    at = from, first = unit * kBlocks;
   }
-  __device__ __forceinline__ uint2 Eights(int tile, int block) const {
-    if (!HasValues(tile)) return make_uint2(0, 0);
-    return Load8(q + (tile * group + block) * 256 + lane * 8);
+
+  __device__ __forceinline__ float4 Meta(int block) const {
+    return reinterpret_cast<const float4*>(at + kValues + (block - first) * 64)[lane & 3];
   }
-  __device__ __forceinline__ uint2 Fours(int tile, int block) const {
-    if (!HasValues(tile)) return make_uint2(0, 0);
-    const int8_t* p = q + (tile * group + block) * 256 + (lane >> 2) * 32 + (lane & 3) * 4;
-    return make_uint2(Load4(p), Load4(p + 16));
+  __device__ __forceinline__ uint2 Eights(int block) const {
+    return *reinterpret_cast<const uint2*>(at + (block - first) * 256 + lane * 8);
+  }
+  __device__ __forceinline__ uint2 Fours(int block) const {
+    const auto* p =
+        reinterpret_cast<const uint32_t*>(at + (block - first) * 256 + (lane >> 2) * 32) + (lane & 3);
+    return make_uint2(p[0], p[4]);
   }
 };
 
 // Q4_K, Q5_K: a block.
 template <int kType>
 struct UnitK {
-  template <int kTiles>
-  using Columns = Int8Columns<kTiles>;
+  using Columns = Int8Columns<8>;
+  using One = OneK<kType>;
   static constexpr int kBytes = kType == kQ4_K ? 144 : 176;
   static constexpr int kLow = kType == kQ4_K ? 16 : 48;  // where the low bits begin
   uint4 head[2];
@@ -77,76 +101,72 @@ struct UnitK {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint8_t* block = row[r] + unit * kBytes;
-      head[r] = Load16(block);
-      if (kType == kQ5_K) high[r] = Load8(block + 16 + 8 * t);
+      head[r] = Constant16(block);
+      if (kType == kQ5_K) high[r] = Constant8(block + 16 + 8 * t);
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) low[r][pair] = Load8(block + kLow + 32 * pair + 8 * t);
+      for (int pair = 0; pair < 4; ++pair) low[r][pair] = Constant8(block + kLow + 32 * pair + 8 * t);
     }
   }
 
-  template <int kTiles>
-  __device__ __forceinline__ void Add(int, int unit, int, const Columns<kTiles>& x,
-                                      float (&sum)[kTiles][4]) const {
+  __device__ __forceinline__ void Add(int, int unit, int, const Columns& x, float (&sum)[4]) const {
     // Scales and minima of four sub-blocks in the bytes of a word.
     uint32_t scales[2][2], minima[2][2];
+    float d[2], d_min[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4& h = head[r];
-      scales[r][0] = h.y & 0x3f3f3f3fu;
-      scales[r][1] = (h.w & 0x0f0f0f0fu) | (h.y >> 2 & 0x30303030u);
-      minima[r][0] = h.z & 0x3f3f3f3fu;
-      minima[r][1] = (h.w >> 4 & 0x0f0f0f0fu) | (h.z >> 2 & 0x30303030u);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scales[r][i] = ScalesOf(head[r], i), minima[r][i] = MinimaOf(head[r], i);
+      d[r] = HalfBits(head[r].x & 0xffff), d_min[r] = HalfBits(head[r].x >> 16);
     }
-    float part[kTiles][4] = {}, least[kTiles][4] = {};
+    float part[4][2];
 #pragma unroll
-    for (int s = 0; s < 8; ++s) {
-      uint32_t a[4];
-      float scale[2], min[2];
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t a[2][4];  // of both sub-blocks
+      float scale[2][2], min[2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint2 v = low[r][s >> 1];
-        a[r] = v.x >> (4 * (s & 1)) & 0x0f0f0f0fu;
-        a[2 + r] = v.y >> (4 * (s & 1)) & 0x0f0f0f0fu;
-        if (kType == kQ5_K) {
-          a[r] |= (high[r].x >> s & 0x01010101u) << 4;
-          a[2 + r] |= (high[r].y >> s & 0x01010101u) << 4;
-        }
-        scale[r] = FloatOfByte(scales[r][s >> 2], s & 3);
-        min[r] = FloatOfByte(minima[r][s >> 2], s & 3);
-      }
+      for (int i = 0; i < 2; ++i) {
+        const int s = 2 * pair + i;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint2 b = x.Eights(tile, unit * 8 + s);
-        const float4 d = x.Meta(tile, unit * 8 + s);
-        int c[4];
-        MmaS8(c, a, b.x, b.y, kZeroBits);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // integer times scale is below 2^24: exact
-          part[tile][i] = fmaf(i & 1 ? d.z : d.x, IntegerOf(c[i]) * scale[i >> 1], part[tile][i]);
-          least[tile][i] = fmaf(i & 1 ? d.w : d.y, min[i >> 1], least[tile][i]);
+        for (int r = 0; r < 2; ++r) {
+          const uint2 v = low[r][pair];
+          a[i][r] = v.x >> (4 * i) & 0x0f0f0f0fu;
+          a[i][2 + r] = v.y >> (4 * i) & 0x0f0f0f0fu;
+          if (kType == kQ5_K) {
+            a[i][r] |= (high[r].x >> s & 0x01010101u) << 4;
+            a[i][2 + r] |= (high[r].y >> s & 0x01010101u) << 4;
+          }
+          scale[i][r] = FloatOfByte(scales[r][s >> 2], s & 3);
+          min[i][r] = FloatOfByte(minima[r][s >> 2], s & 3);
         }
       }
-    }
+      int c[2][4];
+      float4 m[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float d = HalfBits(head[r].x & 0xffff), d_min = HalfBits(head[r].x >> 16);
+      for (int i = 0; i < 2; ++i) {
+        const uint2 b = x.Eights(unit * 8 + 2 * pair + i);
+        m[i] = x.Meta(unit * 8 + 2 * pair + i);
+        MmaS8(c[i], a[i], b.x, b.y, kZeroBits);
+      }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          sum[tile][i] = fmaf(d, part[tile][i], sum[tile][i]);
-          sum[tile][i] = fmaf(-d_min, least[tile][i], sum[tile][i]);
-        }
+      for (int k = 0; k < 4; ++k) {
+        const int r = k >> 1;
+        auto of = [&](int i) {
+          return HalfPair{IntegerOf(c[i][k]), scale[i][r], min[i][r], k & 1 ? m[i].z : m[i].x,
+                          k & 1 ? m[i].w : m[i].y};
+        };
+        AddPair(pair, PairSum(d[r], d_min[r], of(0), of(1)), part[k]);
+        if (pair == 3) sum[k] += part[k][0];
       }
     }
   }
 };
 
-// Q6_K: a block; m16n8k16 products, as a scale stands for 16 values.
+// Q6_K: a block. A scale stands for 16 values, those of lanes t < 2 or of the others: two products for each
+// sub-block, with the activations of the one and of the other.
 struct UnitQ6K {
-  template <int kTiles>
-  using Columns = Int8Columns<kTiles>;
-  uint32_t low[2][4][2], high[2][2][2];  // [row][32 bytes][their first or second half]
+  using Columns = Int8Columns<8>;
+  using One = OneQ6K;
+  uint2 low[2][4], high[2][2];  // [row][32 bytes]
   uint4 scales[2];
   uint32_t d[2];
 
@@ -157,53 +177,56 @@ struct UnitQ6K {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) low[r][i >> 1][i & 1] = Load4(row[r] + unit * 128 + i * 16 + 4 * t);
+      for (int i = 0; i < 4; ++i) low[r][i] = Constant8(row[r] + unit * 128 + i * 32 + 8 * t);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        high[r][i >> 1][i & 1] = Load4(row[r] + blocks * 128 + unit * 64 + i * 16 + 4 * t);
-      scales[r] = Load16(row[r] + blocks * 192 + unit * 16);
-      d[r] = __ldg(reinterpret_cast<const unsigned short*>(row[r] + blocks * 208) + unit);
+      for (int i = 0; i < 2; ++i) high[r][i] = Constant8(row[r] + blocks * 128 + unit * 64 + i * 32 + 8 * t);
+      scales[r] = Constant16(row[r] + blocks * 192 + unit * 16);
+      d[r] = Constant2(row[r] + blocks * 208 + unit * 2);
     }
   }
 
-  template <int kTiles>
-  __device__ __forceinline__ void Add(int, int unit, int, const Columns<kTiles>& x,
-                                      float (&sum)[kTiles][4]) const {
-    float part[kTiles][4] = {};
+  __device__ __forceinline__ void Add(int, int unit, int lane, const Columns& x, float (&sum)[4]) const {
+    const bool first = (lane & 2) == 0;
+    float part[4][2];
 #pragma unroll
-    for (int s = 0; s < 8; ++s) {
-      const int half = s >> 2, quarter = s & 3, shift = 4 * (quarter >> 1);
-      uint32_t a[2][2];  // [16 values][row]
-      int scale[2][2];
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t a[2][4];  // of both sub-blocks
+      int scale[2][2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t word = WordOf(scales[r], scales[r], s >> 1);
+      for (int k = 0; k < 2; ++k) {
+        const int s = 2 * pair + k, half = s >> 2;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          a[i][r] = Minus32((low[r][half * 2 + (quarter & 1)][i] >> shift & 0x0f0f0f0fu) |
-                            (high[r][half][i] >> (2 * quarter) & 0x03030303u) << 4);
-          scale[r][i] = static_cast<int8_t>(word >> (16 * (s & 1) + 8 * i));
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t word = WordOf(scales[r], scales[r], pair);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint2 bits = low[r][half * 2 + k], more = high[r][half];
+            a[k][2 * i + r] = FourTimes(i == 0 ? bits.x : bits.y, s >> 1 & 1,
+                                        (i == 0 ? more.x : more.y) << (6 - 2 * (s & 3)));
+            scale[k][i][r] = static_cast<int8_t>(word >> (16 * k + 8 * i));
+          }
         }
       }
+      int weighted[2][4];
+      float4 m[2];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint2 b = x.Fours(tile, unit * 8 + s);
-        const float4 m = x.Meta(tile, unit * 8 + s);
+      for (int k = 0; k < 2; ++k) {
+        const uint2 b = x.Eights(unit * 8 + 2 * pair + k);
+        m[k] = x.Meta(unit * 8 + 2 * pair + k);
         int c[2][4];
-        MmaS8(c[0], a[0], b.x, 0);
-        MmaS8(c[1], a[1], b.y, 0);
+        MmaS8(c[0], a[k], first ? b.x : 0, first ? b.y : 0, 0);
+        MmaS8(c[1], a[k], first ? 0 : b.x, first ? 0 : b.y, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int weighted = scale[i >> 1][0] * c[0][i] + scale[i >> 1][1] * c[1][i];  // below 2^24
-          part[tile][i] = fmaf(i & 1 ? m.z : m.x, static_cast<float>(weighted), part[tile][i]);
+          weighted[k][i] = Weighted6(c[0][i], scale[k][0][i >> 1], c[1][i], scale[k][1][i >> 1]);
         }
       }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum[tile][i] = fmaf(HalfBits(d[i >> 1]), part[tile][i], sum[tile][i]);
+        AddPair(pair,
+                PairSum6(weighted[0][i], weighted[1][i], i & 1 ? m[0].z : m[0].x, i & 1 ? m[1].z : m[1].x),
+                part[i]);
+        if (pair == 3) sum[i] = fmaf(HalfBits(d[i >> 1]), part[i][0], sum[i]);
       }
     }
   }
@@ -212,9 +235,9 @@ struct UnitQ6K {
 // Q8_0, Q4_0, Q5_0: kBlocks blocks of 32 values, fewer at the end of a row.
 template <int kType>
 struct Unit32 {
-  template <int kTiles>
-  using Columns = Int8Columns<kTiles>;
   static constexpr int kBlocks = kType == kQ4_0 ? 8 : 4;
+  using Columns = Int8Columns<kBlocks>;
+  using One = void;
   static constexpr int kWords = kType == kQ8_0 ? 2 : 1;
   uint32_t v[2][kBlocks][kWords];
   uint32_t high[2][kBlocks];        // Q5_0: the high bits of a block
@@ -231,37 +254,35 @@ struct Unit32 {
       for (int i = 0; i < kBlocks; ++i) {
         const int block = min(unit * kBlocks + i, blocks - 1);
         if constexpr (kType == kQ8_0) {
-          const uint2 w = Load8(row[r] + block * 32 + 8 * t);
+          const uint2 w = Constant8(row[r] + block * 32 + 8 * t);
           v[r][i][0] = w.x, v[r][i][1] = w.y;
         } else {
-          v[r][i][0] = Load4(row[r] + block * 16 + 4 * t);
+          v[r][i][0] = Constant4(row[r] + block * 16 + 4 * t);
         }
       }
       if ((blocks & (kBlocks - 1)) == 0) {  // the usual case: all are there, and their fields aligned
 #pragma unroll
         for (int i = 0; i < kBlocks / 2; i += 2) {
-          const uint2 d = Load8(row[r] + scale_plane + unit * kBlocks * 2 + i * 4);
+          const uint2 d = Constant8(row[r] + scale_plane + unit * kBlocks * 2 + i * 4);
           scales[r][i] = d.x, scales[r][i + 1] = d.y;
         }
         if constexpr (kType == kQ5_0) {
-          const uint4 h = Load16(row[r] + blocks * 16 + unit * 16);
+          const uint4 h = Constant16(row[r] + blocks * 16 + unit * 16);
           high[r][0] = h.x, high[r][1] = h.y, high[r][2] = h.z, high[r][3] = h.w;
         }
       } else {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const int block = min(unit * kBlocks + i, blocks - 1);
-          const uint32_t d = __ldg(reinterpret_cast<const unsigned short*>(row[r] + scale_plane) + block);
+          const uint32_t d = Constant2(row[r] + scale_plane + block * 2);
           scales[r][i >> 1] = i & 1 ? scales[r][i >> 1] | d << 16 : d;
-          if (kType == kQ5_0) high[r][i] = Load4(row[r] + blocks * 16 + block * 4);
+          if (kType == kQ5_0) high[r][i] = Constant4(row[r] + blocks * 16 + block * 4);
         }
       }
     }
   }
 
-  template <int kTiles>
-  __device__ __forceinline__ void Add(int cols, int unit, int lane, const Columns<kTiles>& x,
-                                      float (&sum)[kTiles][4]) const {
+  __device__ __forceinline__ void Add(int cols, int unit, int lane, const Columns& x, float (&sum)[4]) const {
     const int t = lane & 3;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
@@ -285,20 +306,17 @@ struct Unit32 {
         }
         d[r] = HalfBits(scales[r][i >> 1] >> (16 * (i & 1)) & 0xffff);
       }
+      const uint2 b = kType == kQ8_0 ? x.Eights(block) : x.Fours(block);
+      const float4 m = x.Meta(block);
+      int c[4];
+      MmaS8(c, a, b.x, b.y, kZeroBits);
+      constexpr float kOffset = kType == kQ4_0 ? 8.0f : kType == kQ5_0 ? 16.0f : 0.0f;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint2 b = kType == kQ8_0 ? x.Eights(tile, block) : x.Fours(tile, block);
-        const float4 m = x.Meta(tile, block);
-        int c[4];
-        MmaS8(c, a, b.x, b.y, kZeroBits);
-        constexpr float kOffset = kType == kQ4_0 ? 8.0f : kType == kQ5_0 ? 16.0f : 0.0f;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float scale = k & 1 ? m.z : m.x, added = k & 1 ? m.w : m.y;
-          const float value =
-              kType == kQ8_0 ? scale * IntegerOf(c[k]) : fmaf(scale, IntegerOf(c[k]), -kOffset * added);
-          if (valid) sum[tile][k] = fmaf(d[k >> 1], value, sum[tile][k]);
-        }
+      for (int k = 0; k < 4; ++k) {
+        const float scale = k & 1 ? m.z : m.x, added = k & 1 ? m.w : m.y;
+        const float value =
+            kType == kQ8_0 ? scale * IntegerOf(c[k]) : fmaf(scale, IntegerOf(c[k]), -kOffset * added);
+        if (valid) sum[k] = fmaf(d[k >> 1], value, sum[k]);
       }
     }
   }

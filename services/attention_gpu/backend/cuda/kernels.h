@@ -68,8 +68,7 @@ struct ProductParams {
   int32_t tile = 0;  // LaunchMatMul: columns of a block, 64, 128 or 256; 0: as is best. The bits are the same
 };
 
-// Up to kMaxColumns columns, 16 in each pass over the weights. F32 weights: any number, beyond kMaxColumns
-// with other bits.
+// Up to kMaxColumns columns. F32 weights: any number, beyond kMaxColumns with other bits.
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
 // Several of them, with the same bits: in one launch where neighbours have the same activations, type,
 // columns and batches, and their outputs do not overlap.
@@ -191,6 +190,9 @@ struct QueryParams {
   CacheType type = kCacheBf16;
 };
 cudaError_t LaunchQuery(const QueryParams& p, cudaStream_t stream);
+// Both, of the same rows, in one launch.
+cudaError_t LaunchQueryAndCacheWrite(const QueryParams& p, const CacheWriteParams& write,
+                                     cudaStream_t stream);
 
 // Absorbed MLA attention: for token row t, positions [0, position[t]] of its sequence's cache.
 //   out[t, h, :] = softmax over p of (query[t, h, :] . key_p) applied to the first `lora` values of key_p.
@@ -212,6 +214,11 @@ struct AttentionParams {
   int32_t most_splits = 1;  // at least that of every row in this call
   CacheType type = kCacheBf16;
   int32_t shared_bytes = 0;  // a block's shared memory at most, as on a smaller card; 0: what the device has
+  // In place of `out` (which rows with one split are still written to) its int8 form, as LaunchQuantize makes
+  // it of form_rows rows of which these are form_first and those behind it, all of `heads` heads. Null: none.
+  int8_t* q = nullptr;
+  float2* q_meta = nullptr;
+  int64_t form_rows = 0, form_first = 0;
 };
 constexpr int kAttentionTile = 32;  // positions handled together
 constexpr int kSplitTokens = 128;   // the least worth a split

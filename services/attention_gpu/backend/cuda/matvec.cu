@@ -5,7 +5,7 @@
 // 2^-21 of a product.
 //
 // F32 matrices of few rows (a router) would give most of the device nothing to do that way: with few columns,
-// a block multiplies one row with one or two columns.
+// a block multiplies one row with one, two or four columns.
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
 #include "services/attention_gpu/backend/cuda/few_columns.cuh"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
@@ -20,18 +20,14 @@ __device__ __forceinline__ void Cut(float v, uint32_t* first, uint32_t* rest) {
   *rest = __float_as_uint(v - __uint_as_float(*first));
 }
 
-// Lane (g, t): column g of each tile; null where there is none.
-template <int kTiles>
+// Lane (g, t): column g; null where there is none.
 struct FloatColumns {
-  const float* x[kTiles];
+  static constexpr int kBytes = 0;
+  const float* x;
 
   __device__ __forceinline__ FloatColumns(const FewColumns& p, int64_t batch, int first, int lane) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int column = first + tile * 8 + (lane >> 2);
-      x[tile] =
-          column < p.columns ? p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride : nullptr;
-    }
+    const int column = first + (lane >> 2);
+    x = column < p.columns ? p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride : nullptr;
   }
 };
 
@@ -39,8 +35,8 @@ struct FloatColumns {
 // of four takes values 8 t + 2 j and the next.
 template <int kType>
 struct FloatUnit {
-  template <int kTiles>
-  using Columns = FloatColumns<kTiles>;
+  using Columns = FloatColumns;
+  using One = void;
   static constexpr bool kWide = kType == kF32;
   static constexpr int kChunks = kWide ? 2 : 4;
   static constexpr int kLoads = kWide ? 2 : 1;  // of 16 bytes, for 8 values
@@ -56,7 +52,7 @@ struct FloatUnit {
         const int chunk = min(unit * kChunks + c, (cols >> 5) - 1);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          v[r][c][i] = Load16(row[r] + ((chunk * 4 + (lane & 3)) * kLoads + i) * 16);
+          v[r][c][i] = Constant16(row[r] + ((chunk * 4 + (lane & 3)) * kLoads + i) * 16);
         }
       }
     }
@@ -73,22 +69,16 @@ struct FloatUnit {
     }
   }
 
-  template <int kTiles>
-  __device__ __forceinline__ void Add(int cols, int unit, int lane, const Columns<kTiles>& x,
-                                      float (&sum)[kTiles][4]) const {
+  __device__ __forceinline__ void Add(int cols, int unit, int lane, const Columns& x, float (&sum)[4]) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = unit * kChunks + c;
       const bool valid = chunk < cols >> 5;  // else the activations are zeros
-      float4 values[kTiles][2];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        values[tile][0] = values[tile][1] = make_float4(0, 0, 0, 0);
-        if (valid && x.x[tile] != nullptr) {
-          const float4* from = reinterpret_cast<const float4*>(x.x[tile]) + (chunk * 4 + (lane & 3)) * 2;
-          values[tile][0] = __ldg(from);
-          values[tile][1] = __ldg(from + 1);
-        }
+      float4 values[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+      if (valid && x.x != nullptr) {
+        const float4* from = reinterpret_cast<const float4*>(x.x) + (chunk * 4 + (lane & 3)) * 2;
+        values[0] = from[0];
+        values[1] = from[1];
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -102,16 +92,13 @@ struct FloatUnit {
             a[i] = __float_as_uint(w);
           }
         }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const float4& four = values[tile][j >> 1];
-          uint32_t b[2], b_rest[2];
-          Cut(j & 1 ? four.z : four.x, &b[0], &b_rest[0]);
-          Cut(j & 1 ? four.w : four.y, &b[1], &b_rest[1]);
-          if (kWide) MmaTf32(sum[tile], a_rest, b[0], b[1]);
-          MmaTf32(sum[tile], a, b_rest[0], b_rest[1]);
-          MmaTf32(sum[tile], a, b[0], b[1]);
-        }
+        const float4& four = values[j >> 1];
+        uint32_t b[2], b_rest[2];
+        Cut(j & 1 ? four.z : four.x, &b[0], &b_rest[0]);
+        Cut(j & 1 ? four.w : four.y, &b[1], &b_rest[1]);
+        if (kWide) MmaTf32(sum, a_rest, b[0], b[1]);
+        MmaTf32(sum, a, b_rest[0], b_rest[1]);
+        MmaTf32(sum, a, b[0], b[1]);
       }
     }
   }
@@ -120,28 +107,55 @@ struct FloatUnit {
 constexpr int kRowThreads = 128;
 constexpr int64_t kFewRows = 1024;
 
+// The weights of a row are read before the activations are there, as far as they fit; then kTogether values
+// of each column at a time.
 template <int kColumns>
-__global__ void __launch_bounds__(kRowThreads) RowProduct(const ProductParams p) {
-  const int64_t row = blockIdx.x, batch = blockIdx.y;
-  const int first_column = blockIdx.z * kColumns;
-  const uint8_t* w = p.w.data + (batch * p.w.rows + row) * p.w.row_bytes;
-  const float* x[kColumns];
+__global__ void __launch_bounds__(kRowThreads) RowProduct(const __grid_constant__ ProductParams p) {
+  constexpr int kAhead = 16, kTogether = 4;  // of a thread, four values each
+  LetNextBegin();
+  const int64_t row = blockIdx.y, batch = blockIdx.z;
+  const int first_column = blockIdx.x * kColumns;
+  const float4* w = reinterpret_cast<const float4*>(p.w.data + (batch * p.w.rows + row) * p.w.row_bytes);
+  const int fours = static_cast<int>(p.w.cols) >> 2;
+  auto weight = [&](int k) {
+    const int i = threadIdx.x + k * kRowThreads;
+    const uint4 v = i < fours ? Constant16(w + i) : make_uint4(0, 0, 0, 0);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                       __uint_as_float(v.w));
+  };
+  float4 ahead[kAhead];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) ahead[k] = weight(k);
+  AwaitEarlier();
+  const float4* x[kColumns];
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     const int column = min(first_column + j, p.columns - 1);
-    x[j] = p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride;
+    x[j] = reinterpret_cast<const float4*>(p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride);
   }
   float sum[kColumns] = {};
-  const int fours = static_cast<int>(p.w.cols) >> 2;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < fours; i += kRowThreads) {
-    const float4 a = __ldg(reinterpret_cast<const float4*>(w) + i);
+  auto add = [&](int first, const float4* a) {
+    float4 b[kTogether][kColumns];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const float4 b = __ldg(reinterpret_cast<const float4*>(x[j]) + i);
-      sum[j] = fmaf(a.x, b.x, sum[j]), sum[j] = fmaf(a.y, b.y, sum[j]);
-      sum[j] = fmaf(a.z, b.z, sum[j]), sum[j] = fmaf(a.w, b.w, sum[j]);
+    for (int k = 0; k < kTogether; ++k) {
+      const int i = threadIdx.x + (first + k) * kRowThreads;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) b[k][j] = i < fours ? x[j][i] : make_float4(0, 0, 0, 0);
     }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        sum[j] = fmaf(a[k].x, b[k][j].x, sum[j]), sum[j] = fmaf(a[k].y, b[k][j].y, sum[j]);
+        sum[j] = fmaf(a[k].z, b[k][j].z, sum[j]), sum[j] = fmaf(a[k].w, b[k][j].w, sum[j]);
+      }
+    }
+  };
+#pragma unroll
+  for (int k = 0; k < kAhead; k += kTogether) add(k, ahead + k);
+  for (int k = kAhead; k * kRowThreads < fours; k += kTogether) {
+    const float4 a[kTogether] = {weight(k), weight(k + 1), weight(k + 2), weight(k + 3)};
+    add(k, a);
   }
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
@@ -158,15 +172,14 @@ bool OneRowABlock(const ProductParams& p) {
 }
 
 cudaError_t LaunchRowProduct(const ProductParams& p, cudaStream_t stream) {
-  const int columns = p.columns > 1 ? 2 : 1;
-  const dim3 grid(static_cast<unsigned>(p.w.rows), static_cast<unsigned>(p.batches),
-                  static_cast<unsigned>((p.columns + columns - 1) / columns));
-  if (columns == 1) {
-    RowProduct<1><<<grid, kRowThreads, 0, stream>>>(p);
-  } else {
-    RowProduct<2><<<grid, kRowThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const int columns = p.columns > 2 ? 4 : p.columns;
+  // Blocks of the same row are neighbours: it is read from memory once.
+  const dim3 grid(static_cast<unsigned>((p.columns + columns - 1) / columns), static_cast<unsigned>(p.w.rows),
+                  static_cast<unsigned>(p.batches));
+  return LaunchEarly(columns == 1   ? RowProduct<1>
+                     : columns == 2 ? RowProduct<2>
+                                    : RowProduct<4>,
+                     grid, kRowThreads, 0, stream, p);
 }
 
 bool SameActivations(const ProductParams& a, const ProductParams& b) {

@@ -32,7 +32,8 @@ __device__ __forceinline__ void LoadMatrix4Transposed(uint32_t (&r)[4], uint32_t
                : "r"(address));
 }
 
-// An 8x8 matrix of 16-bit values, of which lane l holds row l / 4, columns 2 (l % 4) and the next: transposed.
+// An 8x8 matrix of 16-bit values, of which lane l holds row l / 4, columns 2 (l % 4) and the next:
+// transposed.
 __device__ __forceinline__ uint32_t Transposed(uint32_t m) {
   uint32_t t;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(t) : "r"(m));
@@ -75,12 +76,12 @@ __device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[4], uint3
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
 }
-// The same of half the depth: a[16, 16] b[16, 8].
-__device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[2], uint32_t b, int c) {
+// c[16, 8] += a[16, 32] b[32, 8] in int8 with int32 sums.
+__device__ __forceinline__ void AddMmaS8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};\n"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(c));
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
 }  // namespace tandem::attention::cuda

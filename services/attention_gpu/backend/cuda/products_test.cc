@@ -163,32 +163,38 @@ TEST(CudaProducts, ManyColumnsOfShortRows) {
   }
 }
 
+void ExpectTheSameBitsInAnyCompany(TensorType type, int64_t rows, int64_t cols) {
+  std::mt19937 rng(5);
+  const Weights w = RandomBlocks(rng, type, rows, cols);
+  const DeviceWeight device(w.m);
+  const auto x = Gaussian(rng, 40 * cols);
+  auto of = [&](int first, int columns, bool many) {
+    const std::vector<float> part(x.begin() + first * cols, x.begin() + (first + columns) * cols);
+    const DeviceActivations a(part, columns, cols, cols);
+    return Product(device.matrix(), a, columns, many);
+  };
+  const auto alone = of(3, 1, false);
+  for (int columns : {2, 4, 7, 13, 16, 30}) {
+    EXPECT_TRUE(SameBits(alone.data(), of(3, columns, false).data(), rows))
+        << Name(type, {rows, cols, columns});
+    EXPECT_TRUE(SameBits(alone.data(),
+                         of(4 - columns < 0 ? 0 : 4 - columns, columns, false).data() +
+                             (4 - columns < 0 ? 3 : columns - 1) * rows,
+                         rows))
+        << Name(type, {rows, cols, columns});
+  }
+  if (type == TensorType::kF32) return;
+  const auto all = of(0, 40, true);
+  EXPECT_TRUE(SameBits(all.data() + 3 * rows, of(3, 20, true).data(), rows)) << gguf::TypeName(type);
+}
+
 TEST(CudaProducts, AColumnHasTheSameBitsInAnyCompany) {
   TANDEM_NEEDS_GPU();
-  std::mt19937 rng(5);
-  const int64_t rows = 77, cols = 2304;
   for (TensorType type : DeviceTypes()) {
-    const Weights w = RandomBlocks(rng, type, rows, cols);
-    const DeviceWeight device(w.m);
-    const auto x = Gaussian(rng, 40 * cols);
-    auto of = [&](int first, int columns, bool many) {
-      const std::vector<float> part(x.begin() + first * cols, x.begin() + (first + columns) * cols);
-      const DeviceActivations a(part, columns, cols, cols);
-      return Product(device.matrix(), a, columns, many);
-    };
-    const auto alone = of(3, 1, false);
-    for (int columns : {2, 4, 7, 13, 16, 30}) {
-      EXPECT_TRUE(SameBits(alone.data(), of(3, columns, false).data(), rows))
-          << Name(type, {rows, cols, columns});
-      EXPECT_TRUE(SameBits(alone.data(),
-                           of(4 - columns < 0 ? 0 : 4 - columns, columns, false).data() +
-                               (4 - columns < 0 ? 3 : columns - 1) * rows,
-                           rows))
-          << Name(type, {rows, cols, columns});
-    }
-    if (type == TensorType::kF32) continue;
-    const auto all = of(0, 40, true);
-    EXPECT_TRUE(SameBits(all.data() + 3 * rows, of(3, 20, true).data(), rows)) << gguf::TypeName(type);
+    // Rows that 8 warps share, that 2 share, that each warp has alone.
+    ExpectTheSameBitsInAnyCompany(type, 77, 4352);
+    ExpectTheSameBitsInAnyCompany(type, 9000, 768);
+    ExpectTheSameBitsInAnyCompany(type, 33000, 256);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/reduce.cuh"
 
@@ -22,8 +23,7 @@ __device__ __forceinline__ float Rotated(const float* v, const float2* angles, i
   return i & 1 ? v[i - 1] * cs.y + v[i] * cs.x : v[i] * cs.x - v[i + 1] * cs.y;
 }
 
-__global__ void __launch_bounds__(kThreads) CacheWrite(const CacheWriteParams p) {
-  const int64_t t = blockIdx.x;
+__device__ __forceinline__ void WriteEntry(const CacheWriteParams& p, int64_t t) {
   const int position = p.rows.position[t];
   if (position < 0) return;
   const int width = p.lora + p.rope;
@@ -64,8 +64,22 @@ __global__ void __launch_bounds__(kThreads) CacheWrite(const CacheWriteParams p)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) Query(const QueryParams p) {
+__global__ void __launch_bounds__(kThreads) CacheWrite(const CacheWriteParams p) {
+  LetNextBegin();
+  AwaitEarlier();
+  WriteEntry(p, blockIdx.x);
+}
+
+// Blocks behind the last head write the row's cache entry, if there is one to write.
+__global__ void __launch_bounds__(kThreads) Query(const QueryParams p, const CacheWriteParams write) {
+  LetNextBegin();
+  if (blockIdx.x == p.heads && threadIdx.x == 0) PrefetchToL2(write.weight, write.lora * 4);
+  AwaitEarlier();
   const int64_t t = blockIdx.y, h = t * p.heads + blockIdx.x;
+  if (blockIdx.x == p.heads) {
+    WriteEntry(write, t);
+    return;
+  }
   if (p.rows.position[t] < 0) return;
   const int width = p.lora + p.rope;
   const float* absorbed = p.absorbed + h * p.lora;
@@ -111,8 +125,15 @@ __device__ __forceinline__ uint32_t Ordered(float v) {
 template <int kPerLane>
 __global__ void __launch_bounds__(32) Route(const RouteParams p) {
   __shared__ float selection[32 * kPerLane], group[32 * kPerLane];
-  const int64_t t = blockIdx.x;
+  LetNextBegin();
   const int lane = threadIdx.x, n = p.experts, first = lane * kPerLane;
+  float bias[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    bias[i] = p.bias != nullptr && first + i < n ? __uint_as_float(Constant4(p.bias + first + i)) : 0.0f;
+  }
+  AwaitEarlier();
+  const int64_t t = blockIdx.x;
   if (p.position != nullptr && p.position[t] < 0) {
     for (int k = lane; k < p.top_k; k += 32) {
       p.ids[t * p.top_k + k] = -1;
@@ -137,12 +158,37 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     score[i] = p.sigmoid ? 1.0f / (1.0f + expf(-score[i])) : expf(score[i] - top) / sum;
-    const float by = p.bias != nullptr && first + i < n ? score[i] + p.bias[first + i] : score[i];
+    const float by = score[i] + bias[i];
     chosen_by[i] = isnan(by) ? -3.402823466e38f : by;  // loses, but is in range
   }
 
-  if (p.groups > 1) {
-    const int size = n / p.groups;
+  const int size = n / p.groups, lanes = size / kPerLane;  // of a group
+  if (p.groups > 1 && n == 32 * kPerLane && size == lanes * kPerLane && (lanes & (lanes - 1)) == 0) {
+    // A group is that of whole neighbouring lanes: it stays in registers.
+    float best = kOut, second = kOut;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      second = fmaxf(second, fminf(best, chosen_by[i]));
+      best = fmaxf(best, chosen_by[i]);
+    }
+    for (int step = 1; step < lanes; step <<= 1) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, step);
+      const float other_second = __shfl_xor_sync(0xffffffffu, second, step);
+      second = fmaxf(fmaxf(second, other_second), fminf(best, other));
+      best = fmaxf(best, other);
+    }
+    const float mine = p.sigmoid && size > 1 ? best + second : best;
+    const int g = lane / lanes;
+    int before = 0;  // groups that come before this one
+    for (int k = 0; k < p.groups; ++k) {
+      const float other = __shfl_sync(0xffffffffu, mine, k * lanes);
+      if (other > mine || (other == mine && k < g)) ++before;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (before >= p.top_groups) chosen_by[i] = kOut;
+    }
+  } else if (p.groups > 1) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) selection[first + i] = chosen_by[i];
     __syncwarp();
@@ -183,7 +229,11 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
     }
   };
   look();
-  float total = 0;
+  float total = 0, kept = 0;  // the last weight that this lane has taken
+  auto put = [&](int k, float w) {
+    if (p.normalize) w /= fmaxf(total, 6.103515625e-5f);
+    p.weights[t * p.top_k + k] = w * p.scale;
+  };
   for (int k = 0; k < p.top_k; ++k) {
     const uint32_t largest = __reduce_max_sync(0xffffffffu, best);
     const int owner = __ffs(__ballot_sync(0xffffffffu, best == largest)) - 1;  // the lowest id of equal ones
@@ -197,7 +247,8 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
     total += s;
     if ((k & 31) == lane) {
       p.ids[t * p.top_k + k] = e;
-      p.weights[t * p.top_k + k] = s;
+      if (k + 32 < p.top_k) p.weights[t * p.top_k + k] = s;
+      kept = s;
     }
     if (lane == owner) {
 #pragma unroll
@@ -207,11 +258,8 @@ __global__ void __launch_bounds__(32) Route(const RouteParams p) {
       look();
     }
   }
-  for (int k = lane; k < p.top_k; k += 32) {  // its own writes
-    float w = p.weights[t * p.top_k + k];
-    if (p.normalize) w /= fmaxf(total, 6.103515625e-5f);
-    p.weights[t * p.top_k + k] = w * p.scale;
-  }
+  // Of its own weights, the last from a register.
+  for (int k = lane; k < p.top_k; k += 32) put(k, k + 32 < p.top_k ? p.weights[t * p.top_k + k] : kept);
 }
 
 constexpr int kArgmaxThreads = 1024;
@@ -237,14 +285,21 @@ __global__ void __launch_bounds__(kArgmaxThreads) Argmax(const ArgmaxParams p) {
 
 cudaError_t LaunchCacheWrite(const CacheWriteParams& p, cudaStream_t stream) {
   if (p.n <= 0) return cudaSuccess;
-  CacheWrite<<<static_cast<unsigned>(p.n), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(CacheWrite, static_cast<unsigned>(p.n), kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchQuery(const QueryParams& p, cudaStream_t stream) {
   if (p.n <= 0) return cudaSuccess;
-  Query<<<dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(Query, dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)), kThreads, 0,
+                     stream, p, CacheWriteParams());
+}
+
+cudaError_t LaunchQueryAndCacheWrite(const QueryParams& p, const CacheWriteParams& write,
+                                     cudaStream_t stream) {
+  if (p.n <= 0) return cudaSuccess;
+  if (write.n != p.n) return cudaErrorInvalidValue;
+  return LaunchEarly(Query, dim3(static_cast<unsigned>(p.heads) + 1, static_cast<unsigned>(p.n)), kThreads, 0,
+                     stream, p, write);
 }
 
 cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream) {
@@ -253,12 +308,8 @@ cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream) {
       p.groups > p.experts) {
     return cudaErrorInvalidValue;
   }
-  if (p.experts <= 256) {
-    Route<8><<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
-  } else {
-    Route<kMostExperts / 32><<<static_cast<unsigned>(p.n), 32, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  return LaunchEarly(p.experts <= 256 ? Route<8> : Route<kMostExperts / 32>, static_cast<unsigned>(p.n), 32,
+                     0, stream, p);
 }
 
 cudaError_t LaunchArgmax(const ArgmaxParams& p, cudaStream_t stream) {

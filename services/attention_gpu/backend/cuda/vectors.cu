@@ -1,7 +1,8 @@
 // Kernels over rows of values: norms, activation forms, SiLU, embedding, and the order of blocks in memory.
-#include <cfloat>
 
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
+#include "services/attention_gpu/backend/cuda/int8_form.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/reduce.cuh"
 
@@ -9,55 +10,11 @@ namespace tandem::attention::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kSmallest = 1e-30f;  // a block whose largest value is below counts as zero
-
 unsigned Blocks(int64_t work) { return static_cast<unsigned>((work + kThreads - 1) / kThreads); }
 
-// |v|, with infinity for what is not finite.
-__device__ __forceinline__ float Magnitude(float v) {
-  const float a = fabsf(v);
-  return a <= FLT_MAX ? a : INFINITY;
-}
-__device__ __forceinline__ float Magnitude(const float4& v) {
-  return fmaxf(fmaxf(Magnitude(v.x), Magnitude(v.y)), fmaxf(Magnitude(v.z), Magnitude(v.w)));
-}
-
-// Where the int8 form goes, and of how many rows it is.
-struct Int8Form {
-  int8_t* q;
-  float2* meta;
-  int64_t rows, cols, heads;
-};
-
-// Eight neighbouring lanes hold 32 values, four each: the int8 form of value group i (of 4) of a row. A block
-// with a value that is not finite gets the scale NaN, so that every product with it is NaN.
-__device__ __forceinline__ void QuantizeFour(const float4& v, int64_t row, int64_t i, const Int8Form& form) {
-  const unsigned lanes = 0xffu << (threadIdx.x & 24);
-  float largest = Magnitude(v);
-#pragma unroll
-  for (int step = 4; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, step));
-  const bool finite = largest <= FLT_MAX;
-  const float inverse = finite && largest > kSmallest ? 127.0f / largest : 0.0f;
-  char4 out = make_char4(0, 0, 0, 0);
-  if (finite) {
-    out.x = static_cast<signed char>(__float2int_rn(v.x * inverse));
-    out.y = static_cast<signed char>(__float2int_rn(v.y * inverse));
-    out.z = static_cast<signed char>(__float2int_rn(v.z * inverse));
-    out.w = static_cast<signed char>(__float2int_rn(v.w * inverse));
-  }
-  int sum = out.x + out.y + out.z + out.w;
-#pragma unroll
-  for (int step = 4; step > 0; step >>= 1) sum += __shfl_xor_sync(lanes, sum, step);
-  const int64_t column = row / form.heads, head = row % form.heads, groups = (form.rows / form.heads + 7) / 8;
-  const int64_t at = ((head * groups + column / 8) * (form.cols >> 5) + (i >> 3)) * 8 + column % 8;
-  reinterpret_cast<char4*>(form.q)[at * 8 + (i & 7)] = out;
-  if ((threadIdx.x & 7) == 0) {
-    const float d = !finite ? NAN : inverse > 0.0f ? largest / 127.0f : 0.0f;
-    form.meta[at] = make_float2(d, d * static_cast<float>(sum));
-  }
-}
-
 __global__ void __launch_bounds__(kThreads) Quantize(const QuantizeParams p) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t fours = p.cols >> 2;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.rows * fours) return;
@@ -92,6 +49,16 @@ __global__ void __launch_bounds__(kThreads) ToHalf(const QuantizeParams p) {
 template <int kNormThreads>
 __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
   constexpr int kKept = 2;
+  LetNextBegin();
+  const int64_t fours = p.cols >> 2;
+  const float4* weight = reinterpret_cast<const float4*>(p.weight);
+  uint4 weights[kKept];  // as bits
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t i = threadIdx.x + k * kNormThreads;
+    if (i < fours) weights[k] = Constant16(weight + i);
+  }
+  AwaitEarlier();
   const int64_t row = blockIdx.x;
   const int64_t from = p.row_ids != nullptr ? p.row_ids[row] : row;
   const float4* x = reinterpret_cast<const float4*>(p.x + from * p.x_stride);
@@ -99,7 +66,6 @@ __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
   const float4* add2 = reinterpret_cast<const float4*>(p.add2 + from * p.x_stride);
   float4* x_out = reinterpret_cast<float4*>(p.x_out + from * p.x_stride);
   const bool adds = p.add != nullptr, adds2 = p.add2 != nullptr, stores = adds && p.row_ids == nullptr;
-  const int64_t fours = p.cols >> 2;
   float sum = 0;
   auto read = [&](int64_t i) {
     float4 v = x[i];
@@ -129,10 +95,8 @@ __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
   for (int64_t i = threadIdx.x + kKept * kNormThreads; i < fours; i += kNormThreads) first(i);
   sum = BlockReduce<kNormThreads>(sum, [](float a, float b) { return a + b; });
   const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.cols) + p.eps);
-  const float4* weight = reinterpret_cast<const float4*>(p.weight);
   float4* y = reinterpret_cast<float4*>(p.y + row * p.cols);
-  auto second = [&](int64_t i, const float4& v) {
-    const float4 w = __ldg(weight + i);
+  auto second = [&](int64_t i, const float4& v, const float4& w) {
     const float4 out =
         make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
     y[i] = out;
@@ -141,16 +105,22 @@ __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t i = threadIdx.x + k * kNormThreads;
-    if (i < fours) second(i, kept[k]);
+    if (i >= fours) continue;
+    const uint4& w = weights[k];
+    second(
+        i, kept[k],
+        make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)));
   }
   for (int64_t i = threadIdx.x + kKept * kNormThreads; i < fours; i += kNormThreads) {
-    second(i, stores ? x_out[i] : read(i));
+    second(i, stores ? x_out[i] : read(i), __ldg(weight + i));
   }
 }
 
 __device__ __forceinline__ float Silu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 __global__ void __launch_bounds__(kThreads) SiluMul(const SiluMulParams p) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.rows * p.cols >> 2) return;
   const float4 g = reinterpret_cast<const float4*>(p.gate)[i], u = reinterpret_cast<const float4*>(p.up)[i];
@@ -171,6 +141,8 @@ struct FloatRow {
   float* to;
   __device__ __forceinline__ void Put(int i, float a, float b) { to[i] = a, to[i + 1] = b; }
 };
+
+__global__ void Probe() {}
 
 __global__ void __launch_bounds__(kThreads) Embed(const EmbedParams p) {
   const int64_t chunks = p.w.cols >> 5;
@@ -221,10 +193,20 @@ void LaunchRepackOf(const RepackParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+bool CanLaunchEarly() {
+  static const bool can = [] {
+    int device = 0, major = 0;
+    cudaFuncAttributes code;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           major >= 9 && cudaFuncGetAttributes(&code, Probe) == cudaSuccess && code.ptxVersion >= 90;
+  }();
+  return can;
+}
+
 cudaError_t LaunchQuantize(const QuantizeParams& p, cudaStream_t stream) {
   if (p.rows <= 0) return cudaSuccess;
-  Quantize<<<Blocks(p.rows * p.cols / 4), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(Quantize, Blocks(p.rows * p.cols / 4), kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchToHalf(const QuantizeParams& p, cudaStream_t stream) {
@@ -239,18 +221,14 @@ cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   // By the width alone: the order of the sum must not depend on the batch.
-  if (p.cols > 4096) {
-    RmsNorm<1024><<<static_cast<unsigned>(p.rows), 1024, 0, stream>>>(p);
-  } else {
-    RmsNorm<kThreads><<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const bool wide = p.cols > 4096;
+  return LaunchEarly(wide ? RmsNorm<1024> : RmsNorm<kThreads>, static_cast<unsigned>(p.rows),
+                     wide ? 1024 : kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchSiluMul(const SiluMulParams& p, cudaStream_t stream) {
   if (p.rows <= 0) return cudaSuccess;
-  SiluMul<<<Blocks(p.rows * p.cols / 4), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchEarly(SiluMul, Blocks(p.rows * p.cols / 4), kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchAdd(float* x, const float* delta, int64_t n, cudaStream_t stream) {

@@ -157,8 +157,17 @@ void ExpectCacheEntriesAndQueries(CacheType type) {
   Check(
       LaunchCacheWrite({rows, d_kv.get(), d_weight.get(), kEps, cache.get(), n, lora, rope, type}, nullptr));
   const float scale = 0.125f;
-  Check(LaunchQuery({rows, d_absorbed.get(), d_q.get(), scale, query.get(), n, heads, lora, nope, rope, type},
-                    nullptr));
+  QueryParams ask{rows, d_absorbed.get(), d_q.get(), scale, query.get(), n, heads, lora, nope, rope, type};
+  Check(LaunchQuery(ask, nullptr));
+  {  // both at once: the same
+    const DeviceArray<uint8_t> cache2(cache.size());
+    const DeviceArray<uint16_t> query2(query.size());
+    ask.out = query2.get();
+    Check(LaunchQueryAndCacheWrite(
+        ask, {rows, d_kv.get(), d_weight.get(), kEps, cache2.get(), n, lora, rope, type}, nullptr));
+    EXPECT_EQ(cache2.Download(), cache.Download());
+    EXPECT_EQ(query2.Download(), query.Download());
+  }
 
   auto rotated = [&](const float* v, int64_t t, int i) {
     const float c = turns[(t * rope / 2 + i / 2) * 2], s = turns[(t * rope / 2 + i / 2) * 2 + 1];
@@ -308,9 +317,10 @@ void ExpectRoutes(const model::ModelConfig& c, const std::vector<float>& logits,
 TEST(CudaVectors, RoutesAsTheCpuDoes) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(5);
-  for (const auto& c :
-       {RouterConfig(256, 8, 4, 8, true), RouterConfig(16, 4, 2, 4, true), RouterConfig(64, 1, 1, 6, false),
-        RouterConfig(160, 8, 3, 6, false), RouterConfig(384, 1, 1, 8, true)}) {
+  for (const auto& c : {RouterConfig(256, 8, 4, 8, true), RouterConfig(16, 4, 2, 4, true),
+                        RouterConfig(64, 1, 1, 6, false), RouterConfig(160, 8, 3, 6, false),
+                        RouterConfig(384, 1, 1, 8, true), RouterConfig(256, 32, 5, 8, false),
+                        RouterConfig(256, 2, 1, 40, true), RouterConfig(256, 16, 3, 8, true)}) {
     const auto bias = c.norm_topk_prob ? Gaussian(rng, c.n_routed_experts, 0.1f) : std::vector<float>();
     ExpectRoutes(c, Gaussian(rng, 200 * c.n_routed_experts, 2), bias);
   }
