@@ -151,7 +151,7 @@ Reading ReadingOf(int64_t cols, int64_t tokens) {
   // So many columns make rows that the processor's own prefetchers follow, all 16 of a panel at once, unless
   // products with many tokens keep it from them.
   const bool follows = cols >= 4096;
-  return {follows && tokens <= 3 ? kNoRequests : kSecondRequests, !follows && worth_rows, 6144};
+  return {follows && tokens <= 3 ? kNoRequests : kSecondRequests, !follows && worth_rows, 3072};
 }
 
 void SetReadingForTesting(const Reading* reading) { reading_for_testing = reading; }
