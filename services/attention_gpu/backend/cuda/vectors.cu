@@ -195,9 +195,11 @@ void LaunchRepackOf(const RepackParams& p, cudaStream_t stream) {
 
 bool CanLaunchEarly() {
   static const bool can = [] {
-    int device = 0, major = 0;
+    constexpr int kInGraphs = 12030;  // the driver's version from which on graphs can have it
+    int device = 0, major = 0, driver = 0;
     cudaFuncAttributes code;
-    return cudaGetDevice(&device) == cudaSuccess &&
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kInGraphs &&
+           cudaGetDevice(&device) == cudaSuccess &&
            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
            major >= 9 && cudaFuncGetAttributes(&code, Probe) == cudaSuccess && code.ptxVersion >= 90;
   }();
