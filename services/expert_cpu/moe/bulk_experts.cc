@@ -147,27 +147,25 @@ void BulkExperts::GateUp(const Job& job, const Wave& wave) {
 void BulkExperts::Down(const Job& job) {
   const std::vector<ExpertGroup>& groups = job.grouping.groups();
   const int64_t hidden = job.hidden();
-  // Few rows in a unit, so that its sums stay in the caches; and fewer in the last ones, so that all workers
-  // end together.
-  const int64_t large = hidden / 4 * 3 / kFewRows;
-  const int64_t units = large + (hidden - large * kFewRows) / kernels::kBulkRowStep;
-  const auto begin_of = [&](int64_t unit) {
-    return std::min(unit, large) * kFewRows + std::max<int64_t>(unit - large, 0) * kernels::kBulkRowStep;
-  };
-  claims_.Reset(units);
+  // Each unit reads the h of all experts: with many tokens that takes more of the memory than the weights do,
+  // and as few units as let all workers end together are best. With few, a unit's sums stay in the caches.
+  const int64_t most = job.many(0) ? kManyRows : kFewRows;
+  down_units_.Cut(1, hidden, std::max(1, pool_.threads() * 3 / 4), {kernels::kBulkRowStep, most});
+  claims_.Reset(down_units_.count());
   pool_.ParallelFor(pool_.threads(), 1, [&](int64_t, int64_t, int worker) {
     kernels::Buffer<float>& sums = sums_[static_cast<size_t>(worker)].gate;
-    sums.Resize(kernels::BulkSums(kChunkTiles, kFewRows));
+    sums.Resize(kernels::BulkSums(kChunkTiles, most));
     claims_.Run(worker, [&](int64_t unit, bool, int64_t next_unit) {
-      const int64_t row_begin = begin_of(unit), row_end = begin_of(unit + 1);
+      const int64_t row_begin = down_units_[unit].begin, row_end = down_units_[unit].end;
       for (size_t g = 0; g < groups.size(); ++g) {
         const kernels::Matrix down = job.layer.down.Expert(groups[g].expert);
         const bool last_group = g + 1 == groups.size();
         const kernels::Matrix next_down = job.layer.down.Expert(groups[last_group ? 0 : g + 1].expert);
         kernels::Upcoming next;
         if (!last_group) next = {&next_down, row_begin, row_end, 0};
-        if (last_group && next_unit >= 0)
-          next = {&next_down, begin_of(next_unit), begin_of(next_unit + 1), 0};
+        if (last_group && next_unit >= 0) {
+          next = {&next_down, down_units_[next_unit].begin, down_units_[next_unit].end, 0};
+        }
         for (int64_t tile = first_tile_[g]; tile < first_tile_[g + 1]; tile += kChunkTiles) {
           const int64_t tiles = std::min(kChunkTiles, first_tile_[g + 1] - tile);
           const bool last = tile + tiles == first_tile_[g + 1];

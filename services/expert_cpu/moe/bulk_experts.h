@@ -12,6 +12,7 @@
 #include "common/threading/claims.h"
 #include "common/threading/thread_pool.h"
 #include "services/expert_cpu/moe/grouping.h"
+#include "services/expert_cpu/moe/work_units.h"
 #include "services/expert_cpu/shard/shard.h"
 
 namespace tandem::expert {
@@ -59,6 +60,7 @@ class BulkExperts {
   kernels::Buffer<uint16_t> x_tiles_;  // of a wave
   kernels::Buffer<uint16_t> h_tiles_;  // of all groups: SiLU(gate) * up
   std::vector<Sums> sums_;             // by worker
+  WorkUnits down_units_;
 };
 
 }  // namespace tandem::expert
