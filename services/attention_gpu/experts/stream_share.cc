@@ -15,11 +15,6 @@ double RestSeconds(const ShareCosts& c, int64_t tokens) {
   return c.rest + c.rest_token * static_cast<double>(tokens);
 }
 
-double CallSeconds(const ShareCosts& c, int64_t tokens, int64_t experts, int64_t pairs) {
-  return c.call_token * static_cast<double>(tokens) + c.call_expert * static_cast<double>(experts) +
-         c.call_pair * static_cast<double>(pairs);
-}
-
 // Experts that have tokens, those first that the processes should have.
 std::vector<size_t> ByTokens(std::span<const int32_t> counts, const std::vector<bool>& ahead) {
   std::vector<size_t> order;
@@ -62,13 +57,40 @@ absl::StatusOr<StreamShare> ParseStreamShare(const std::string& text) {
       absl::StrCat("--stream-share ", text, ": auto, off or a number from 0 to 100 is expected"));
 }
 
+double CallExpertSeconds(const ShareCosts& c, double tokens) {
+  const std::vector<CallExpert>& at = c.call_experts;
+  if (at.empty()) return 0;
+  if (at.size() == 1 || tokens <= at[0].tokens) {
+    return c.call_factor * at[0].seconds * (at.size() == 1 ? std::max(1.0, tokens / at[0].tokens) : 1);
+  }
+  size_t i = 1;
+  while (i + 1 < at.size() && tokens > at[i].tokens) ++i;
+  const double slope = (at[i].seconds - at[i - 1].seconds) / (at[i].tokens - at[i - 1].tokens);
+  return c.call_factor * (at[i - 1].seconds + slope * (tokens - at[i - 1].tokens));
+}
+
+double CallExpertsSeconds(const ShareCosts& c, std::span<const int32_t> counts,
+                          const std::vector<bool>& shared) {
+  double sum = 0;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    if (shared[e] && counts[e] > 0) sum += CallExpertSeconds(c, counts[e]);
+  }
+  return sum;
+}
+
+void LearnCallFactor(double expected, double seconds, ShareCosts* c) {
+  constexpr double kSteady = 0.05, kMost = 2;
+  if (!(expected > 0) || !(seconds > 0) || std::abs(seconds / expected - 1) < kSteady) return;
+  c->call_factor = std::clamp(c->call_factor * std::sqrt(seconds / expected), 1 / kMost, kMost);
+}
+
 double SharedLayerSeconds(const ShareCosts& c, int64_t tokens, int64_t streamed, int64_t ahead,
-                          int64_t shared, int64_t pairs) {
+                          double calls) {
   const double rest = RestSeconds(c, tokens);
   const double copies = static_cast<double>(streamed) * c.stream_expert;
   const double behind = static_cast<double>(std::max<int64_t>(streamed - ahead, 0)) * c.stream_expert;
   const double bus = std::max(copies, rest + behind);
-  return shared == 0 ? bus : std::max(bus, rest + CallSeconds(c, tokens, shared, pairs));
+  return calls == 0 ? bus : std::max(bus, rest + c.call_token * static_cast<double>(tokens) + calls);
 }
 
 std::vector<bool> ChooseShared(const ShareCosts& c, int64_t tokens, std::span<const int32_t> counts,
@@ -77,11 +99,11 @@ std::vector<bool> ChooseShared(const ShareCosts& c, int64_t tokens, std::span<co
   const auto all = static_cast<int64_t>(order.size());
   const int64_t before =
       std::count_if(order.begin(), order.end(), [&](size_t e) { return static_cast<bool>(ahead[e]); });
-  int64_t best = 0, pairs = 0;
-  double seconds = SharedLayerSeconds(c, tokens, all, before, 0, 0);
+  int64_t best = 0;
+  double calls = 0, seconds = SharedLayerSeconds(c, tokens, all, before, 0);
   for (int64_t n = 1; n <= all - before; ++n) {
-    pairs += counts[order[static_cast<size_t>(n - 1)]];
-    const double now = SharedLayerSeconds(c, tokens, all - n, before, n, pairs);
+    calls += CallExpertSeconds(c, counts[order[static_cast<size_t>(n - 1)]]);
+    const double now = SharedLayerSeconds(c, tokens, all - n, before, calls);
     if (now >= seconds) continue;
     seconds = now;
     best = n;
@@ -101,7 +123,9 @@ std::vector<bool> ChoosePercent(int percent, std::span<const int32_t> counts,
 }
 
 double SharedCallSeconds(const ShareCosts& c, const ShareShape& shape, int64_t tokens) {
-  return CallSeconds(c, tokens, Met(shape, tokens), tokens * shape.experts_per_token);
+  const auto met = static_cast<double>(Met(shape, tokens)), n = static_cast<double>(tokens);
+  return c.call_token * n +
+         met * CallExpertSeconds(c, n * static_cast<double>(shape.experts_per_token) / met);
 }
 
 int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
@@ -116,13 +140,9 @@ int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
     std::vector<bool> ahead(counts.size());
     std::fill_n(ahead.begin(), std::min(used, shape.ahead), true);
     const std::vector<bool> shared = ChooseShared(c, n, counts, ahead);
-    int64_t given = 0, pairs = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      if (!shared[e]) continue;
-      ++given;
-      pairs += counts[e];
-    }
-    const double seconds = SharedLayerSeconds(c, n, used - given, std::min(used, shape.ahead), given, pairs);
+    const int64_t given = std::count(shared.begin(), shared.end(), true);
+    const double seconds = SharedLayerSeconds(c, n, used - given, std::min(used, shape.ahead),
+                                              CallExpertsSeconds(c, counts, shared));
     if (seconds <= calls) return n;
   }
   return std::numeric_limits<int64_t>::max();

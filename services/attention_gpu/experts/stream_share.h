@@ -20,23 +20,40 @@ struct StreamShare {
 // "auto", "off" or a number from 0 to 100. InvalidArgument says so.
 absl::StatusOr<StreamShare> ParseStreamShare(const std::string& text);
 
+// What an expert that a call names takes the processes, with so many tokens.
+struct CallExpert {
+  double tokens = 0;
+  double seconds = 0;
+};
+
 // Seconds of a layer's parts, measured while copies and processes are both at work: they share the memory's
 // bandwidth.
 struct ShareCosts {
-  double stream_expert = 0;  // an expert's weights over the bus
-  double call_token = 0;     // a token of a call: its activations there, its answer back
-  double call_expert = 0;    // an expert that a call names
-  double call_pair = 0;      // each of that expert's tokens
+  double stream_expert = 0;              // an expert's weights over the bus
+  double call_token = 0;                 // a token of a call: its activations there, its answer back
+  std::vector<CallExpert> call_experts;  // by rising tokens, and seconds that do not fall; at least one
+  double call_factor = 1;                // of call_experts, by what later calls have shown
   // Everything else of a layer, before the routing is known: so long the processes have nothing to do.
   double rest = 0, rest_token = 0;
   // What calls take when nothing is copied, as a share of what they take beside copies.
   double alone = 1;
 };
 
+// An expert with that many tokens: between two of call_experts in proportion, below the first one as much as
+// there (a tile of tokens is not cheaper half full), above the last one it goes on as before it.
+double CallExpertSeconds(const ShareCosts& costs, double tokens);
+// Those with shared[e] together, counts[e] their tokens.
+double CallExpertsSeconds(const ShareCosts& costs, std::span<const int32_t> counts,
+                          const std::vector<bool>& shared);
+// Learns from calls whose experts took `seconds` and should have taken `expected`: goes half of the way, up
+// to a factor of 2 in all, and none of it where they are less than a twentieth apart, so that what is steady
+// stays.
+void LearnCallFactor(double expected, double seconds, ShareCosts* costs);
+
 // Seconds of a layer in which `streamed` experts come over the bus, `ahead` of which can come before the
-// routing is known, and the processes compute `shared` others, which have `pairs` tokens together.
+// routing is known, and the processes compute others, which take `calls` of them; 0: none.
 double SharedLayerSeconds(const ShareCosts& costs, int64_t tokens, int64_t streamed, int64_t ahead,
-                          int64_t shared, int64_t pairs);
+                          double calls);
 
 // What the processes compute: shared[e] for each expert, counts[e] its tokens. Those with the fewest tokens,
 // the last first where they have as many, until both sides would end together. Not those that are ahead[e],

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace tandem::attention {
 namespace {
@@ -31,27 +32,55 @@ TEST(StreamShareTest, Spellings) {
 ShareCosts Costs() {
   ShareCosts c;
   c.stream_expert = 0.52e-3;
-  c.call_expert = 0.6e-3;
-  c.call_pair = 15e-6;
+  c.call_experts = {{4, 0.6e-3}, {16, 0.6e-3}, {128, 2.4e-3}};
   c.call_token = 4e-6;
   c.rest = 1e-3;
   c.rest_token = 3e-6;
   return c;
 }
 
+TEST(CallExpertTest, BetweenWhatWasMeasured) {
+  ShareCosts c;
+  EXPECT_EQ(CallExpertSeconds(c, 5), 0);
+  c.call_experts = {{4, 2}};
+  EXPECT_DOUBLE_EQ(CallExpertSeconds(c, 1), 2);
+  EXPECT_DOUBLE_EQ(CallExpertSeconds(c, 8), 4);
+  c.call_experts = {{4, 2}, {8, 3}, {16, 4}};
+  c.call_factor = 10;
+  for (const auto& [tokens, seconds] :
+       {std::pair{1, 20}, {4, 20}, {6, 25}, {8, 30}, {12, 35}, {16, 40}, {32, 60}}) {
+    EXPECT_DOUBLE_EQ(CallExpertSeconds(c, tokens), seconds) << tokens;
+  }
+  EXPECT_DOUBLE_EQ(CallExpertsSeconds(c, std::vector<int32_t>{6, 0, 8, 16}, {true, true, false, true}), 65);
+}
+
+TEST(CallFactorTest, GoesHalfOfTheWayAndNotTooFar) {
+  ShareCosts c;
+  LearnCallFactor(1, 1.04, &c);
+  LearnCallFactor(1, 0, &c);
+  LearnCallFactor(0, 1, &c);
+  EXPECT_EQ(c.call_factor, 1);
+  LearnCallFactor(1, 1.21, &c);
+  EXPECT_DOUBLE_EQ(c.call_factor, 1.1);
+  LearnCallFactor(4, 1, &c);
+  EXPECT_DOUBLE_EQ(c.call_factor, 0.55);
+  LearnCallFactor(4, 1, &c);
+  EXPECT_EQ(c.call_factor, 0.5);
+  for (int i = 0; i < 3; ++i) LearnCallFactor(1, 4, &c);
+  EXPECT_EQ(c.call_factor, 2);
+}
+
 TEST(SharedLayerTest, TheLongerSide) {
   ShareCosts c;
   c.stream_expert = 2;
-  c.call_expert = 3;
-  c.call_pair = 0.5;
   c.call_token = 0.25;
   c.rest = 1;
   c.rest_token = 0.125;
   // The rest is 1 + 8 / 8 = 2.
-  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 0, 0), 20);  // copies all the time
-  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 0, 0, 0), 22);  // none before the routing
-  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 1, 2), 20);  // calls: 2 + 2 + 3 + 1
-  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 2, 2, 6, 12), 2 + 2 + 18 + 6);
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 0), 20);  // copies all the time
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 0, 0), 22);  // none before the routing
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 10, 4, 4), 20);
+  EXPECT_DOUBLE_EQ(SharedLayerSeconds(c, 8, 2, 2, 24), 2 + 2 + 24);
 }
 
 TEST(ChooseSharedTest, BothSidesEndTogetherAndTheLeastAreGivenAway) {
@@ -64,7 +93,7 @@ TEST(ChooseSharedTest, BothSidesEndTogetherAndTheLeastAreGivenAway) {
   std::fill_n(ahead.begin(), 24, true);
   const std::vector<bool> shared = ChooseShared(c, 512, counts, ahead);
   EXPECT_EQ(shared, ChooseShared(c, 512, counts, ahead));
-  int64_t given = 0, pairs = 0;
+  int64_t given = 0;
   for (size_t e = 0; e < 256; ++e) {
     if (e < 24 || counts[e] == 0) {
       EXPECT_FALSE(shared[e]) << e;
@@ -73,23 +102,23 @@ TEST(ChooseSharedTest, BothSidesEndTogetherAndTheLeastAreGivenAway) {
     }
     if (!shared[e]) continue;
     ++given;
-    pairs += counts[e];
   }
   EXPECT_TRUE(shared[255]);
   EXPECT_FALSE(shared[24]);
-  const auto with = [&](int64_t n, int64_t p) { return SharedLayerSeconds(c, 512, 255 - n, 23, n, p); };
-  EXPECT_LE(with(given, pairs), with(given - 1, pairs - 16));
-  EXPECT_LE(with(given, pairs), with(given + 1, pairs + 16));
-  EXPECT_LT(with(given, pairs), 0.65 * with(0, 0));
+  const double calls = CallExpertsSeconds(c, counts, shared), one = CallExpertSeconds(c, 16);
+  const auto with = [&](int64_t n, double s) { return SharedLayerSeconds(c, 512, 255 - n, 23, s); };
+  EXPECT_LE(with(given, calls), with(given - 1, calls - one));
+  EXPECT_LE(with(given, calls), with(given + 1, calls + one));
+  EXPECT_LT(with(given, calls), 0.6 * with(0, 0));
 }
 
 TEST(ChooseSharedTest, NothingWhereItDoesNotPay) {
   ShareCosts c = Costs();
   const std::vector<int32_t> counts(16, 10);
   const std::vector<bool> none(16), all(16, true);
-  c.call_expert = 1;
+  c.call_experts = {{1, 1}};
   EXPECT_EQ(ChooseShared(c, 40, counts, none), none);
-  c.call_expert = 0;
+  c.call_experts = {{1, 0}};
   EXPECT_EQ(ChooseShared(c, 40, counts, all), none);
   EXPECT_EQ(ChooseShared(c, 40, std::vector<int32_t>(16), none), none);
 }
@@ -106,7 +135,7 @@ TEST(ChoosePercentTest, OfThoseWithTokens) {
 
 TEST(ShareBreakEvenTest, FromFewerTokensOnThanCopiesAlone) {
   ShareCosts c = Costs();
-  c.call_expert = 0.3e-3;
+  c.call_experts = {{4, 0.35e-3}, {16, 0.35e-3}, {128, 2e-3}};
   c.alone = 0.9;
   const ShareShape shape{256, 8, 24, 512, 4096};
   const int64_t shared = ShareBreakEven(c, shape);
@@ -119,7 +148,8 @@ TEST(ShareBreakEvenTest, FromFewerTokensOnThanCopiesAlone) {
   EXPECT_GT(copies, shared);
   EXPECT_LT(copies, 600);
   // Nothing beats processes that take no time.
-  c.call_expert = c.call_pair = c.call_token = c.rest = c.rest_token = 0;
+  c.call_experts = {{1, 0}, {100, 0}};
+  c.call_token = c.rest = c.rest_token = 0;
   EXPECT_EQ(ShareBreakEven(c, shape), kNever);
 }
 

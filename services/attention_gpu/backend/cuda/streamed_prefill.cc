@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/base/status_macros.h"
 #include "common/telemetry/log.h"
 #include "services/attention_gpu/backend/cuda/device.h"
@@ -16,7 +17,7 @@ constexpr uint64_t kMeasuredBytes = uint64_t{512} << 20;
 // Made-up layers of a kind, of which the last ones count.
 constexpr int kTrials = 6, kCounted = 3;
 constexpr int kFirstPercent = 40;  // shared in the first one
-constexpr int64_t kFewTokens = 512;
+constexpr int64_t kFewTokens = 128, kSomeTokens = 512;
 constexpr int kSmallNumber = 0x3c;  // 0.0115 in each float of such bytes
 
 }  // namespace
@@ -135,7 +136,7 @@ absl::StatusOr<StreamedPrefill::Balance> StreamedPrefill::MeasureBalance(int64_t
   Balance sum;
   int counted = 0;
   double slack = 0;  // of the bus, at the end of the layer before
-  trial_ = ShareCosts{.stream_expert = stream_expert};
+  trial_.emplace().stream_expert = stream_expert;
   for (int i = 0; i < kTrials && status.ok(); ++i) {
     call.layer = c_.first_k_dense_replace + i % c_.num_moe_layers();
     status = experts_->Ask(call, stream);
@@ -160,7 +161,7 @@ absl::StatusOr<StreamedPrefill::Balance> StreamedPrefill::MeasureBalance(int64_t
     b.call = std::max(t.worked + t.waited - t.processes, 0.0);
     slack = t.waited;
     trial_->stream_expert = b.stream_expert;
-    trial_->call_expert = b.call_expert;
+    trial_->call_experts = {{0, b.call_expert}, {1, b.call_expert}};  // whatever it has
     if (i < kTrials - kCounted && i > 0) continue;
     if (i == kTrials - kCounted) sum = Balance(), counted = 0;
     sum.stream_expert += b.stream_expert;
@@ -191,43 +192,44 @@ absl::Status StreamedPrefill::MeasureRest(ShareCosts* c) const {
   return absl::OkStatus();
 }
 
-// Few and many tokens of an expert tell what it takes the processes, and what each of its tokens.
 absl::Status StreamedPrefill::MeasureShare(double rate) {
   const double alone = static_cast<double>(experts_->LayerBytes(c_.first_k_dense_replace)) /
                        static_cast<double>(c_.n_routed_experts) / rate;
   const int64_t most = std::min(options_.stream.max_tokens, experts_->shared_calls()->max_tokens());
-  const int64_t less = std::min(kFewTokens, most);
-  ShareCosts c;
-  TANDEM_RETURN_IF_ERROR(MeasureRest(&c));
-  TANDEM_ASSIGN_OR_RETURN(const Balance few, MeasureBalance(less, alone));
-  Balance many = few;
-  if (most > less) {
-    TANDEM_ASSIGN_OR_RETURN(many, MeasureBalance(most, few.stream_expert));
-  }
-  if (many.pairs > few.pairs) {
-    c.call_pair = std::max((many.call_expert - few.call_expert) / (many.pairs - few.pairs), 0.0);
-  }
-  c.call_expert = std::max(few.call_expert - few.pairs * c.call_pair, 0.0);
-  c.stream_expert = (few.stream_expert + many.stream_expert) / 2;
-  // Where the GPU was the later one all the time, its time is in it: not more than the way there and back can
-  // take.
+  // Where the GPU was the later one all the time, its time is in Balance::call: not more than the way there
+  // and back can take.
   constexpr double kMostWays = 3;
   const int processes = group_.processes();
   const size_t answer = processes > 1 ? sizeof(double) : sizeof(float);
   const double ways =
       static_cast<double>(c_.hidden_size * processes) * static_cast<double>(sizeof(uint16_t) + answer) / rate;
-  c.call_token = std::min(
-      {few.call / static_cast<double>(less), many.call / static_cast<double>(most), kMostWays * ways});
+  ShareCosts c;
+  c.call_token = kMostWays * ways;
+  TANDEM_RETURN_IF_ERROR(MeasureRest(&c));
+  std::string seen;
+  int64_t before = 0;
+  for (const int64_t wanted : {kFewTokens, kSomeTokens, most}) {
+    const int64_t tokens = std::min(wanted, most);
+    if (tokens <= before) continue;
+    before = tokens;
+    TANDEM_ASSIGN_OR_RETURN(const Balance b,
+                            MeasureBalance(tokens, c.stream_expert > 0 ? c.stream_expert : alone));
+    c.stream_expert = b.stream_expert;
+    c.call_token = std::min(c.call_token, b.call / static_cast<double>(tokens));
+    absl::StrAppend(&seen, seen.empty() ? "" : ", ",
+                    absl::StrFormat("%d tokens a layer %.0f, %.0f (%.1f tokens)", tokens,
+                                    b.stream_expert * 1e6, b.call_expert * 1e6, b.pairs));
+    if (c.call_experts.empty() || b.pairs > c.call_experts.back().tokens) {
+      const double least = c.call_experts.empty() ? 0 : c.call_experts.back().seconds;
+      c.call_experts.push_back({b.pairs, std::max(b.call_expert, least)});
+    }
+  }
   costs_ = c;
   spdlog::info(
-      "both at once: an expert takes {:.0f} us to come (of {} tokens a step {:.0f}, of {} {:.0f}; alone "
-      "{:.0f}); "
-      "the processes {:.0f} us for one, {:.1f} us for each of its tokens (together {:.0f} and {:.0f}) and "
-      "{:.2f} "
-      "us for a token of the call; all else of a layer {:.0f} us and {:.2f} us a token",
-      c.stream_expert * 1e6, less, few.stream_expert * 1e6, most, many.stream_expert * 1e6, alone * 1e6,
-      c.call_expert * 1e6, c.call_pair * 1e6, few.call_expert * 1e6, many.call_expert * 1e6,
-      c.call_token * 1e6, c.rest * 1e6, c.rest_token * 1e6);
+      "microseconds of an expert on its way (alone {:.0f}) and in the processes, both at once: {}; {:.2f} "
+      "for a "
+      "token of a call; all else of a layer {:.0f} and {:.2f} a token",
+      alone * 1e6, seen, c.call_token * 1e6, c.rest * 1e6, c.rest_token * 1e6);
   return absl::OkStatus();
 }
 
@@ -246,20 +248,23 @@ std::vector<bool> StreamedPrefill::Choose(int64_t tokens, std::span<const int32_
                                           const std::vector<bool>& ahead) {
   tokens_ = tokens;
   if (trial_) {
-    return trial_->call_expert > 0 ? ChooseShared(*trial_, tokens, counts, ahead)
-                                   : ChoosePercent(kFirstPercent, counts, ahead);
+    return trial_->call_experts.empty() ? ChoosePercent(kFirstPercent, counts, ahead)
+                                        : ChooseShared(*trial_, tokens, counts, ahead);
   }
   if (options_.share.mode == StreamShare::Mode::kPercent) {
     return ChoosePercent(options_.share.percent, counts, ahead);
   }
   if (!costs_ || !Undisturbed()) return std::vector<bool>(counts.size());
-  return ChooseShared(*costs_, tokens, counts, ahead);
+  std::vector<bool> shared = ChooseShared(*costs_, tokens, counts, ahead);
+  expected_ += CallExpertsSeconds(*costs_, counts, shared);
+  return shared;
 }
 
 absl::StatusOr<RoutedExperts*> StreamedPrefill::Begin() {
   if (experts_ == nullptr) return nullptr;
   others_seen_ = others_begun_;
   tokens_ = 0;
+  expected_ = 0;
   TANDEM_RETURN_IF_ERROR(experts_->Begin());
   return experts_.get();
 }
@@ -267,15 +272,15 @@ absl::StatusOr<RoutedExperts*> StreamedPrefill::Begin() {
 absl::Status StreamedPrefill::End() {
   if (experts_ == nullptr) return absl::OkStatus();
   TANDEM_ASSIGN_OR_RETURN(const StreamedExperts::Totals t, experts_->End());
-  if (t.shared > 0) {
-    const auto layers = static_cast<double>(t.layers);
-    spdlog::info(
-        "a streamed step of {} tokens: of {:.1f} experts a layer the processes computed {:.1f}; the GPU "
-        "waited "
-        "{:.2f} ms a layer for them",
-        tokens_, static_cast<double>(t.used) / layers, static_cast<double>(t.shared) / layers,
-        1e3 * t.waited / layers);
-  }
+  if (t.shared == 0) return absl::OkStatus();
+  const auto layers = static_cast<double>(t.layers);
+  spdlog::info(
+      "a streamed step of {} tokens: of {:.1f} experts a layer the processes computed {:.1f} in {:.2f} ms "
+      "({:.2f} "
+      "expected), the GPU the others in {:.2f}; then it waited {:.2f} ms for them",
+      tokens_, static_cast<double>(t.used) / layers, static_cast<double>(t.shared) / layers,
+      1e3 * t.processes / layers, 1e3 * expected_ / layers, 1e3 * t.worked / layers, 1e3 * t.waited / layers);
+  if (costs_) LearnCallFactor(expected_, t.processes, &*costs_);
   return absl::OkStatus();
 }
 

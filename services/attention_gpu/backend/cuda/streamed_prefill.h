@@ -97,6 +97,7 @@ class StreamedPrefill {
   std::atomic<int64_t> others_{0}, others_begun_{0};
   int64_t others_seen_ = 0;  // of others_begun_, at the layer before
   int64_t tokens_ = 0;       // of the last layer
+  double expected_ = 0;      // of the step so far: what the shared experts should have taken
 };
 
 }  // namespace tandem::attention::cuda
