@@ -64,11 +64,13 @@ class Backend {
   virtual int32_t page_tokens() const = 0;
   virtual int32_t page_count() const = 0;  // pages of the KV cache, ids [0, page_count)
   virtual int32_t max_step_tokens() const = 0;
-  // So many prompt tokens are better computed in one step, up to max_step_tokens, than in chunks; 0: never.
+  // So many prompt tokens are better computed in one step, up to max_long_tokens, than in chunks; 0: never.
   // May change with RecoverExperts.
   virtual int32_t long_prompt_tokens() const { return 0; }
   // Likewise while nobody decodes; not more.
   virtual int32_t long_prompt_tokens_alone() const { return long_prompt_tokens(); }
+  // Of such a large step, at most; it is of prompts alone.
+  virtual int32_t max_long_tokens() const { return max_step_tokens(); }
 
   // Runs the batch: writes the tokens' cache entries and fills `result`. On error nothing that an earlier
   // step wrote is changed, and the same step may be asked for again: positions already written are written

@@ -129,12 +129,16 @@ class HashBackend : public Backend {
   std::string name() const override { return "hash"; }
   int32_t page_tokens() const override { return kHashPageTokens; }
   int32_t page_count() const override { return static_cast<int32_t>(cache_.size()) / kHashPageTokens; }
-  int32_t max_step_tokens() const override { return kHashStepTokens; }
+  int32_t max_step_tokens() const override { return most_tokens; }
+  int32_t max_long_tokens() const override { return kHashStepTokens; }
   int32_t long_prompt_tokens() const override { return long_prompt; }
+  int32_t most_tokens = kHashStepTokens;  // of a step that is not of long prompts
   int32_t long_prompt = 0;
   bool beside = false;  // long steps are made beside others
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {
+    const auto n = static_cast<int32_t>(batch.tokens.size());
+    EXPECT_TRUE(n <= most_tokens || (long_prompt > 0 && n >= long_prompt)) << "a step of " << n << " tokens";
     if (long_) {
       const std::lock_guard lock(script_.mutex_);
       ++script_.steps_beside_;

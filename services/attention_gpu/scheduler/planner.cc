@@ -63,7 +63,7 @@ Plan Planner::NextLong() {
   for (auto& s : running_) Adopt(*s);
   if (!LongPrompts()) return plan;
   std::vector<int32_t> counts(running_.size(), 0);
-  ShareOut(max_step_tokens_, counts);
+  ShareOut(backend_.max_long_tokens(), counts);
   ReserveAll(counts);
   int32_t tokens = 0;
   for (size_t i = 0; i < running_.size(); ++i) tokens += counts[i];
@@ -217,7 +217,7 @@ int32_t Planner::PromptBudget(int32_t decoding) {
   pacer_.SetUrgency(decoding > 0 ? Urgency() : 1);
   int32_t chunk = decoding > 0 ? std::min(pacer_.Chunk(decoding), options_.chunk_size) : options_.chunk_size;
   // A step of many tokens takes long: not while somebody waits for his next one.
-  if (decoding == 0 && !backend_.long_beside_others() && LongPrompts()) chunk = max_step_tokens_;
+  if (decoding == 0 && !backend_.long_beside_others() && LongPrompts()) return backend_.max_long_tokens();
   // Those who are apart are not to wait for others' prompts when their step is done.
   if (long_step_) chunk = std::min(chunk, options_.mixed_chunk_size);
   return std::min(chunk, max_step_tokens_ - decoding);

@@ -115,6 +115,35 @@ TEST_F(PlannerTest, APromptThatHasWaitedTooLongGetsMore) {
   EXPECT_GT(tokens(), 3 * calm);
 }
 
+// However urgent prompts are: beside those who decode, a step has no more tokens than the backend takes, also
+// where it would take more of a long prompt alone.
+TEST_F(PlannerTest, AnUrgentPromptKeepsToTheStepsLimit) {
+  options_.max_decode_slowdown = 2;
+  options_.context_length = 4096;
+  Make(1024);
+  backend_->most_tokens = options_.chunk_size;
+  planner_ = std::make_unique<Planner>(options_, *backend_, HostPages());
+  Enqueue(10);
+  Enqueue(10);
+  Step();  // they decode from here on
+  const uint64_t prompt = Enqueue(1500);
+  size_t most = 0;
+  for (int i = 0; i < 24; ++i) {
+    all_[prompt]->admitted -= absl::Seconds(100);
+    const Plan plan = planner_->Next();
+    StepResult result;
+    ASSERT_TRUE(backend_->Step(plan.batch, &result).ok());
+    planner_->Done(plan, 0.010 + 0.0001 * plan.prompt_tokens);
+    most = std::max(most, plan.batch.tokens.size());
+    for (size_t s = 0; s < plan.sequences.size(); ++s) {
+      if (!plan.batch.sequences[s].sample) continue;
+      plan.sequences[s]->tokens.push_back(result.sampled[s].token);
+      ++plan.sequences[s]->generated;
+    }
+  }
+  EXPECT_EQ(most, static_cast<size_t>(options_.chunk_size));
+}
+
 TEST_F(PlannerTest, LongPromptsGetTheLargestSteps) {
   Make(256);
   backend_->long_prompt = 40;

@@ -197,9 +197,14 @@ class Scheduler::Loop {
 
   void Failed(const Plan& plan, const absl::Status& status) {
     if (IsLoss(status)) return Lose(status);
+    // What a request asks for was checked when it came: that a step was refused is no fault of its.
+    const absl::Status ours =
+        absl::IsInvalidArgument(status)
+            ? absl::InternalError(absl::StrCat("a step was planned wrongly: ", status.message()))
+            : status;
     std::vector<uint64_t> numbers;
     for (const Sequence* s : plan.sequences) numbers.push_back(s->number);
-    for (uint64_t number : numbers) Fail(number, status);
+    for (uint64_t number : numbers) Fail(number, ours);
   }
 
   // Out of the batch or the queue. Nobody leaves a long step alone: the others in it begin again.

@@ -149,6 +149,20 @@ TEST(Scheduler, LostExpertsArePausesNotFailures) {
   EXPECT_THAT(health, testing::ElementsAre(false, true, false, true, false, true));
 }
 
+TEST(Scheduler, ARefusedStepIsNotTheRequestsFault) {
+  HashScript script;
+  script.FailSteps({absl::InvalidArgumentError("a step of 99 tokens")});
+  const auto s = Make(Options(), 64, script);
+  Sink sink, next;
+  ASSERT_TRUE(s->Submit(Request(Prompt(10, 1), 20), sink.callback()).ok());
+  sink.Wait();
+  EXPECT_TRUE(absl::IsInternal(sink.status())) << sink.status();
+  EXPECT_THAT(std::string(sink.status().message()), HasSubstr("a step of 99 tokens"));
+  ASSERT_TRUE(s->Submit(Request(Prompt(10, 2), 5), next.callback()).ok());
+  next.Wait();
+  EXPECT_EQ(next.tokens(), HashAnswer(Prompt(10, 2), 5));
+}
+
 TEST(Scheduler, ExpertsThatStayAwayFailWhatWaitsForThemAndTheNextOneWorks) {
   HashScript script;
   script.FailSteps({absl::UnavailableError("expert gone")});

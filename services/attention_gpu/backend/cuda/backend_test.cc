@@ -238,7 +238,8 @@ TEST(CudaBackend, StreamedPrompts) {
   const auto cuda = m.Cuda();
   ASSERT_NE(cuda, nullptr);
   ASSERT_EQ(cuda->long_prompt_tokens(), 32);
-  EXPECT_EQ(cuda->max_step_tokens(), 4096);
+  EXPECT_EQ(cuda->max_step_tokens(), 64);
+  EXPECT_EQ(cuda->max_long_tokens(), 4096);
   for (const Prompt& p : Prompts()) {
     if (p.tokens.size() <= 33) continue;
     std::vector<int32_t> most = p.tokens;

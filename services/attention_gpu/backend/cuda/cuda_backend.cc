@@ -157,7 +157,8 @@ class CudaBackend : public Backend {
   std::string name() const override { return "cuda"; }
   int32_t page_tokens() const override { return options_.page_tokens; }
   int32_t page_count() const override { return options_.page_count; }
-  int32_t max_step_tokens() const override { return StepTokens(c_, options_); }
+  int32_t max_step_tokens() const override { return options_.max_step_tokens; }
+  int32_t max_long_tokens() const override { return StepTokens(c_, options_); }
   int32_t long_prompt_tokens() const override { return LongPromptTokens(/*beside=*/true); }
   int32_t long_prompt_tokens_alone() const override { return LongPromptTokens(/*beside=*/false); }
 
@@ -229,7 +230,7 @@ class CudaBackend : public Backend {
   bool long_beside_others() const override { return long_prompt_tokens_alone() > 0; }
 
   absl::Status BeginLong(const StepBatch& batch) override {
-    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, max_step_tokens()));
+    TANDEM_RETURN_IF_ERROR(CheckStepTokens(batch, max_long_tokens()));
     if (long_ == nullptr || batch.tokens.empty() || batch.want_logits) {
       return absl::InvalidArgumentError("not a step to be streamed");
     }
