@@ -152,7 +152,8 @@ struct ThreadPool::Impl {
   bool HasWork() const { return (state.load(std::memory_order_acquire) & UINT32_MAX) != 0; }
 
   const int n_threads;
-  const bool crowded;  // more threads than processors: spinning takes the time of a thread that could work
+  const int to_spare;  // processors; below 0, spinning takes the time of a thread that could work
+  const int leave_cpus;
   const int64_t usual_spin_us;
   std::atomic<int64_t> spin_us;
   std::atomic<uint64_t> sleeps{0};
@@ -179,8 +180,9 @@ struct ThreadPool::Impl {
 
 ThreadPool::Impl::Impl(const Options& options, int count)
     : n_threads(count),
-      crowded(count > AllowedCpus()),
-      usual_spin_us(crowded ? 0 : std::max<int64_t>(0, options.spin_microseconds)),
+      to_spare(AllowedCpus() - count),
+      leave_cpus(options.leave_cpus),
+      usual_spin_us(to_spare < 0 ? 0 : std::max<int64_t>(0, options.spin_microseconds)),
       spin_us(usual_spin_us) {
   workers.reserve(static_cast<size_t>(n_threads - 1));
   for (int i = 1; i < n_threads; ++i) {
@@ -318,7 +320,7 @@ ThreadPool::~ThreadPool() = default;
 int ThreadPool::threads() const { return impl_->n_threads; }
 
 void ThreadPool::SetSpin(int64_t microseconds) {
-  const bool usual = microseconds < 0 || impl_->crowded;
+  const bool usual = microseconds < 0 || impl_->to_spare < impl_->leave_cpus;
   const int64_t wanted = usual ? impl_->usual_spin_us : microseconds;
   if (impl_->spin_us.load(std::memory_order_relaxed) != wanted) impl_->spin_us = wanted;
 }

@@ -138,10 +138,12 @@ TEST(ThreadPool, WorkersWakeAfterTheyHaveParked) {
 }
 
 TEST(ThreadPool, WorkersSleepUnlessToldThatMoreComesSoon) {
-  if (ThreadPool(ThreadPool::Options{}).threads() < 2) GTEST_SKIP() << "one CPU: workers never look";
+  const int cpus = ThreadPool(ThreadPool::Options{}).threads();
   ThreadPool::Options options;
   options.threads = 2;
   options.spin_microseconds = 0;
+  options.leave_cpus = 0;
+  if (cpus < options.threads) GTEST_SKIP() << "one CPU: workers never look";
   ThreadPool pool(options);
   const auto loop = [&] { pool.ParallelFor(2, 1, [](int64_t, int64_t, int) {}); };
   const auto sleeps_after = [&](uint64_t before) {
@@ -162,6 +164,13 @@ TEST(ThreadPool, WorkersSleepUnlessToldThatMoreComesSoon) {
   }
   // One that slept when it was told so may have missed the first loop and be asleep still.
   EXPECT_EQ(pool.sleeps(), awake);
+
+  // One that has to leave more than there are sleeps all the same.
+  options.leave_cpus = cpus;
+  ThreadPool crowding(options);
+  crowding.SetSpin(int64_t{600} * 1000 * 1000);
+  crowding.ParallelFor(2, 1, [](int64_t, int64_t, int) {});
+  while (crowding.sleeps() == 0) std::this_thread::yield();
 }
 
 TEST(ThreadPool, AnIdlePoolUsesNoProcessorTime) {
