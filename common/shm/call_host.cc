@@ -82,7 +82,6 @@ void CallHost::ReadCall(SlotControl& control, uint64_t slot, IncomingCall* call)
   call->input_type = input;
   call->output_type = output;
   call->precision = precision;
-  call->awake = control.bell.awake.load(std::memory_order_relaxed) != 0;
   call->ids = layout_.Ids(region_, slot, rows, pairs);
   call->weights = layout_.Weights(region_, slot, rows, pairs);
   call->input = layout_.Input(region_, slot, rows, input);

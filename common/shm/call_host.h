@@ -24,7 +24,6 @@ struct IncomingCall {
   ValueType input_type = ValueType::kF32;   // or BF16
   ValueType output_type = ValueType::kF32;  // or F64
   CallPrecision precision = CallPrecision::kServed;
-  bool awake = false;                // the client is in a run of calls: the next one comes soon
   std::span<const uint8_t> ids;      // int32 [rows, pairs]
   std::span<const uint8_t> weights;  // float32 [rows, pairs]
   std::span<const uint8_t> input;    // [rows, width] of input_type

@@ -42,7 +42,6 @@ class CallTest : public ::testing::TestWithParam<uint32_t> {
         x += static_cast<float>(call.layer);
         std::memcpy(call.output.data() + 4 * v, &x, 4);
       }
-      awake_calls_ += call.awake ? 1 : 0;
       host_->Answer(call, status, {call.sequence, call.rows, call.pairs});
     }
   }
@@ -56,7 +55,6 @@ class CallTest : public ::testing::TestWithParam<uint32_t> {
   }
 
   WaitPolicy policy_{absl::Microseconds(20)};
-  int awake_calls_ = 0;  // what Serve has seen of them
   SessionId session_;
   RegionLayout layout_;
   SharedMemory memory_;
@@ -143,7 +141,6 @@ TEST_P(CallTest, ADeviceMakesCallsBetweenTheClients) {
     EXPECT_TRUE(client_->EndRun(true, absl::OkStatus()).ok());
   }
   host.join();
-  EXPECT_EQ(awake_calls_, 3 * 50);  // those of runs
 }
 
 TEST_P(CallTest, ADeviceHasACallInEverySlot) {

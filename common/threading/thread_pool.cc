@@ -152,11 +152,7 @@ struct ThreadPool::Impl {
   bool HasWork() const { return (state.load(std::memory_order_acquire) & UINT32_MAX) != 0; }
 
   const int n_threads;
-  const int to_spare;  // processors; below 0, spinning takes the time of a thread that could work
-  const int leave_cpus;
-  const int64_t usual_spin_us;
-  std::atomic<int64_t> spin_us;
-  std::atomic<uint64_t> sleeps{0};
+  int64_t spin_us;
 
   // Written by who publishes a phase, read by who has claimed a chunk of it.
   std::span<const Phase> phases;
@@ -178,12 +174,9 @@ struct ThreadPool::Impl {
   std::vector<std::thread> workers;
 };
 
-ThreadPool::Impl::Impl(const Options& options, int count)
-    : n_threads(count),
-      to_spare(AllowedCpus() - count),
-      leave_cpus(options.leave_cpus),
-      usual_spin_us(to_spare < 0 ? 0 : std::max<int64_t>(0, options.spin_microseconds)),
-      spin_us(usual_spin_us) {
+ThreadPool::Impl::Impl(const Options& options, int count) : n_threads(count) {
+  // With more threads than processors, spinning takes the time of a thread that could work.
+  spin_us = n_threads > AllowedCpus() ? 0 : std::max<int64_t>(0, options.spin_microseconds);
   workers.reserve(static_cast<size_t>(n_threads - 1));
   for (int i = 1; i < n_threads; ++i) {
     const int cpu = options.cpus.empty() ? -1 : options.cpus[static_cast<size_t>(i) % options.cpus.size()];
@@ -270,14 +263,12 @@ void ThreadPool::Impl::WorkerLoop(int worker) {
     const uint32_t seen = bell.load();
     if (stop.load()) return;
     Work(worker, &neighbourliness);
-    const int64_t spin = spin_us.load(std::memory_order_relaxed);
-    if (SpinUntil(spin, [&] { return HasWork() || stop.load(std::memory_order_relaxed); })) continue;
-    if (spin == 0) {
+    if (SpinUntil(spin_us, [&] { return HasWork() || stop.load(std::memory_order_relaxed); })) continue;
+    if (spin_us == 0) {
       sched_yield();
       if (HasWork()) continue;
     }
     parked.fetch_add(1);
-    sleeps.fetch_add(1, std::memory_order_relaxed);
     // A phase published since `seen` was read changed the bell, and the wait returns at once.
     const int64_t start = NowMicroseconds();
     if (!HasWork() && !stop.load()) FutexWait(bell, seen);
@@ -303,7 +294,7 @@ void ThreadPool::Impl::Run(std::span<const Phase> job) {
     // be moved there, rather than burn it for the milliseconds of a time slice.
     const int64_t chunk_us = taken == 0 ? 50 : (NowMicroseconds() - start) / taken;
     const int64_t patience_us = std::clamp<int64_t>(3 * chunk_us, 20, 500);
-    if (SpinUntil(usual_spin_us == 0 ? 0 : patience_us, can_go_on)) continue;
+    if (SpinUntil(spin_us == 0 ? 0 : patience_us, can_go_on)) continue;
     parked.fetch_add(1);
     if (!can_go_on()) FutexWait(bell, seen);
     parked.fetch_sub(1);
@@ -318,14 +309,6 @@ ThreadPool::ThreadPool(const Options& options) {
 ThreadPool::~ThreadPool() = default;
 
 int ThreadPool::threads() const { return impl_->n_threads; }
-
-void ThreadPool::SetSpin(int64_t microseconds) {
-  const bool usual = microseconds < 0 || impl_->to_spare < impl_->leave_cpus;
-  const int64_t wanted = usual ? impl_->usual_spin_us : microseconds;
-  if (impl_->spin_us.load(std::memory_order_relaxed) != wanted) impl_->spin_us = wanted;
-}
-
-uint64_t ThreadPool::sleeps() const { return impl_->sleeps.load(); }
 
 void ThreadPool::ParallelFor(int64_t n, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> fn) {
   if (n <= 0) return;

@@ -41,7 +41,6 @@ class ThreadPool {
     // may take it with PinCurrentThread. A failure to pin is said once on stderr.
     std::vector<int> cpus = {};
     int64_t spin_microseconds = 50;  // how long an idle worker looks for work before it sleeps
-    int leave_cpus = 1;              // SetSpin is for pools beside which so many CPUs are left to others
     const char* name = "tandem-w";
   };
   explicit ThreadPool(const Options& options);
@@ -50,14 +49,6 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const;
-
-  // From the next loop on idle workers look for work this long before they sleep; negative: as long as the
-  // options say. For a caller who knows that more comes soon: to wake all workers takes longer than many a
-  // loop. Only where the pool leaves CPUs to others (leave_cpus), who would wait for their turn on those of
-  // the workers: elsewhere it changes nothing. Thread-safe.
-  void SetSpin(int64_t microseconds);
-  // How often a worker has gone to sleep.
-  uint64_t sleeps() const;
 
   // Calls fn(begin, end, worker) over [0, n) in chunks of `grain`; worker in [0, threads()), 0 is the caller.
   // Returns when all of it is done. fn must not throw and must not call ParallelFor of the same pool.

@@ -137,42 +137,6 @@ TEST(ThreadPool, WorkersWakeAfterTheyHaveParked) {
   }
 }
 
-TEST(ThreadPool, WorkersSleepUnlessToldThatMoreComesSoon) {
-  const int cpus = ThreadPool(ThreadPool::Options{}).threads();
-  ThreadPool::Options options;
-  options.threads = 2;
-  options.spin_microseconds = 0;
-  options.leave_cpus = 0;
-  if (cpus < options.threads) GTEST_SKIP() << "one CPU: workers never look";
-  ThreadPool pool(options);
-  const auto loop = [&] { pool.ParallelFor(2, 1, [](int64_t, int64_t, int) {}); };
-  const auto sleeps_after = [&](uint64_t before) {
-    while (pool.sleeps() == before) std::this_thread::yield();
-  };
-  sleeps_after(0);  // at first
-  const uint64_t first = pool.sleeps();
-  loop();
-  sleeps_after(first);
-
-  pool.SetSpin(int64_t{600} * 1000 * 1000);
-  loop();
-  std::this_thread::sleep_for(milliseconds(20));
-  const uint64_t awake = pool.sleeps();
-  for (int i = 0; i < 5; ++i) {
-    loop();
-    std::this_thread::sleep_for(milliseconds(2));
-  }
-  // One that slept when it was told so may have missed the first loop and be asleep still.
-  EXPECT_EQ(pool.sleeps(), awake);
-
-  // One that has to leave more than there are sleeps all the same.
-  options.leave_cpus = cpus;
-  ThreadPool crowding(options);
-  crowding.SetSpin(int64_t{600} * 1000 * 1000);
-  crowding.ParallelFor(2, 1, [](int64_t, int64_t, int) {});
-  while (crowding.sleeps() == 0) std::this_thread::yield();
-}
-
 TEST(ThreadPool, AnIdlePoolUsesNoProcessorTime) {
   ThreadPool pool({.threads = 4});
   pool.ParallelFor(100, 1, [](int64_t, int64_t, int) {});

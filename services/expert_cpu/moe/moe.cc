@@ -18,9 +18,6 @@
 namespace tandem::expert {
 namespace {
 
-// Microseconds: more than a GPU needs from one call to the next, and from a step's last to the next step's
-// first.
-constexpr int64_t kSpinBetweenCalls = 5000;
 // From so many tokens on, what is done for each token is shared out too.
 constexpr int64_t kManyTokens = 8;
 
@@ -136,7 +133,6 @@ absl::StatusOr<CallStatistics> Moe::Forward(const Call& call, std::span<uint8_t>
   const ShardPlan& plan = m.shard.plan();
   const ShardLayer* layer = m.shard.FindLayer(call.layer);
   TANDEM_RETURN_IF_ERROR(m.Validate(call, layer, answer.size()));
-  m.pool.SetSpin(call.more_soon ? kSpinBetweenCalls : -1);
   m.ReadExperts(call);
   const int64_t k = call.experts_per_token;
   for (size_t i = 0; i < m.ids.size(); ++i) {

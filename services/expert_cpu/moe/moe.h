@@ -37,8 +37,6 @@ struct Call {
   // The caller is content with the precision of bfloat16 (common/kernels/bulk.h), which is faster where the
   // processor has tiles for it. Without them, or for weights that have no kernel for it, it means nothing.
   bool bulk = false;
-  // The next call comes within a fraction of a step: the workers look out for it instead of sleeping.
-  bool more_soon = false;
 };
 
 struct CallStatistics {

@@ -62,7 +62,6 @@ absl::StatusOr<Call> ToCall(const shm::IncomingCall& in) {
   call.activation_type =
       in.input_type == shm::ValueType::kBf16 ? ActivationType::kBf16 : ActivationType::kF32;
   call.answer_type = in.output_type == shm::ValueType::kF64 ? AnswerType::kF64 : AnswerType::kF32;
-  call.more_soon = in.awake;
   call.bulk = in.precision == shm::CallPrecision::kBulk;
   return call;
 }
