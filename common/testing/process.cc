@@ -88,10 +88,15 @@ Process::~Process() {
 void Process::Read(int out, int error) {
   pollfd ends[2] = {{out, POLLIN, 0}, {error, POLLIN, 0}};
   int open_ends = 2;
-  // The pipes may outlive the program in a grandchild: once it is gone, what is in them is all.
+  // The pipes may outlive the program in a grandchild: once it is gone, what is in them is all. That it was gone
+  // has to be seen before they are found empty.
+  bool gone = false;
   while (open_ends > 0) {
-    const int ready = poll(ends, 2, 50);
-    if (ready == 0 && Wait(std::chrono::milliseconds(0)).has_value()) break;
+    const int ready = poll(ends, 2, gone ? 0 : 50);
+    if (ready == 0) {
+      if (gone) break;
+      gone = Exited();
+    }
     for (int i = 0; i < 2 && ready > 0; ++i) {
       if (ends[i].fd < 0 || ends[i].revents == 0) continue;
       char chunk[16384];
@@ -130,17 +135,21 @@ void Process::Kill() {
   Wait();
 }
 
+bool Process::Exited() {
+  const std::lock_guard lock(wait_mutex_);
+  if (exit_.has_value()) return true;
+  int status = 0;
+  if (waitpid(pid_, &status, WNOHANG) != pid_) return false;
+  exit_ = ExitOf(status);
+  return true;
+}
+
 std::optional<int> Process::Wait(std::chrono::milliseconds patience) {
-  WaitUntil(
-      [this] {
-        const std::lock_guard lock(wait_mutex_);
-        if (exit_.has_value()) return true;
-        int status = 0;
-        if (waitpid(pid_, &status, WNOHANG) != pid_) return false;
-        exit_ = ExitOf(status);
-        return true;
-      },
-      patience);
+  if (!WaitUntil([this] { return Exited(); }, patience)) return std::nullopt;
+  WaitUntil([this] {
+    const std::lock_guard lock(mutex_);
+    return output_ended_;
+  });
   const std::lock_guard lock(wait_mutex_);
   return exit_;
 }

@@ -54,7 +54,8 @@ class Process {
   void Stop();
   // SIGKILL, and waits for the end.
   void Kill();
-  // The exit code, or minus the number of the signal that ended it; nullopt: it still runs after `patience`.
+  // The exit code, or minus the number of the signal that ended it; nullopt: it still runs after `patience`. All
+  // that it has written is in Output() then.
   std::optional<int> Wait(std::chrono::milliseconds patience = kPatience);
 
   double CpuSeconds() const;  // that it has used so far
@@ -68,6 +69,7 @@ class Process {
 
  private:
   void Read(int out, int error);
+  bool Exited();
 
   pid_t pid_ = -1;
   mutable std::mutex mutex_;
