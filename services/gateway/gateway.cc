@@ -67,7 +67,8 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& op
   pool.engine.tls = options.engine_tls;
   pool.engine.model_id = options.model_id;
   TANDEM_ASSIGN_OR_RETURN(impl->engines, EnginePool::Create(options.engines, pool));
-  impl->admission = std::make_unique<Admission>(impl->engines.get(), options.max_requests);
+  impl->admission =
+      std::make_unique<Admission>(impl->engines.get(), options.max_requests, options.resume_timeout);
   impl->sessions =
       std::make_unique<SessionEnvironment>(impl->engines.get(), &impl->metrics, options.resume_timeout);
   impl->work = std::make_unique<WorkQueue>(options.worker_threads, kWorkQueueCapacity);

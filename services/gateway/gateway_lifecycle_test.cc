@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <future>
 
 #include "common/rpc/channel.h"
 #include "services/gateway/testing/gateway_fixture.h"
@@ -64,6 +65,7 @@ TEST_F(LifecycleTest, RefusesWithRetryAfterUntilTheEngineServes) {
 }
 
 TEST_F(LifecycleTest, ReadinessFollowsTheEngine) {
+  options_.resume_timeout = absl::ZeroDuration();
   Start();
   engine_->Stop();
   EXPECT_TRUE(WaitReady(false));
@@ -71,6 +73,29 @@ TEST_F(LifecycleTest, ReadinessFollowsTheEngine) {
   engine_->Start();
   EXPECT_TRUE(WaitReady(true));
   EXPECT_EQ(Chat().status, 200);
+}
+
+TEST_F(LifecycleTest, NewRequestsWaitForALostEngineAsStreamsDo) {
+  Start();
+  EXPECT_EQ(Chat().status, 200);
+  engine_->Stop();
+  ASSERT_TRUE(WaitReady(false));
+  std::future<HttpReply> waiting = std::async(std::launch::async, [this] { return Chat(); });
+  EXPECT_TRUE(WaitMetric("tandem_requests_waiting{service=\"gateway\"} ", "1"));
+  engine_->Start();
+  EXPECT_EQ(waiting.get().status, 200);
+}
+
+TEST_F(LifecycleTest, NewRequestsDoNotWaitForEver) {
+  options_.resume_timeout = absl::Milliseconds(300);
+  Start();
+  engine_->Stop();
+  ASSERT_TRUE(WaitReady(false));
+  const HttpReply late = Chat();  // let in or not: too late for both within the patience
+  ExpectError(late, 503, "server_error", "", "service_unavailable", "");
+  EXPECT_EQ(late.headers.count("retry-after"), 1u);
+  std::this_thread::sleep_for(std::chrono::milliseconds(350));
+  EXPECT_EQ(Chat().status, 503);
 }
 
 TEST_F(LifecycleTest, ReadinessSaysWhatIsInTheWayOfTheEngine) {

@@ -26,6 +26,8 @@ using Clock = CallListener::Clock;
 using boost::system::error_code;
 
 constexpr size_t kLongestErrorBody = 4096;
+// Of a client of a closed loop, after a failure: a server that refuses is not asked again at once.
+constexpr std::chrono::milliseconds kPauseAfterFailure{100};
 
 // Thousands of connections need as many descriptors; the soft limit is 1024 mostly.
 void RaiseDescriptorLimit() {
@@ -98,6 +100,9 @@ class Run {
   void Begin();
   void OpenLoop();
   void Send(const PlannedRequest& request, Clock::time_point due);
+  // The next request of a closed loop's client, if there is one.
+  void SendNext();
+  void SendNextAfterPause();
   // Whether one more request may begin now.
   bool MayBegin() const;
   ExpectedAnswer Expect(const PlannedRequest& request) const;
@@ -122,6 +127,7 @@ class Run {
   std::optional<PlannedRequest> next_;  // of an open loop
   int64_t sent_ = 0;
   int64_t under_way_ = 0;
+  int64_t pausing_ = 0;     // clients of a closed loop
   bool exhausted_ = false;  // the workload has no more
   int64_t good_ = 0;
   std::vector<Sample> samples_;                                      // a fair draw of the good answers
@@ -296,22 +302,42 @@ void Run::Compare(const Exchange& exchange) {
 void Run::Ended(Exchange& exchange) {
   --under_way_;
   last_end_ = Clock::now();
-  if (exchange.outcome.failure.empty()) {
+  const bool failed = !exchange.outcome.failure.empty();
+  if (!failed) {
     for (const float gap : exchange.answer.gaps()) results_.gaps.push_back(gap);
     Compare(exchange);
     Keep(exchange);
   }
   results_.outcomes.push_back(std::move(exchange.outcome));
   if (options_.concurrency > 0 && MayBegin()) {
-    const bool late = options_.duration > 0 && Seconds(last_end_ - start_) >= options_.duration;
-    const std::optional<PlannedRequest> request = late ? std::nullopt : workload_.Next();
-    if (request.has_value()) {
-      Send(*request, Clock::now());
+    if (failed) {
+      SendNextAfterPause();
     } else {
-      exhausted_ = true;
+      SendNext();
     }
   }
-  if (under_way_ == 0 && !MayBegin()) AskAgain();
+  if (under_way_ == 0 && pausing_ == 0 && !MayBegin()) AskAgain();
+}
+
+void Run::SendNext() {
+  const Clock::time_point now = Clock::now();
+  const bool late = options_.duration > 0 && Seconds(now - start_) >= options_.duration;
+  const std::optional<PlannedRequest> request = late ? std::nullopt : workload_.Next();
+  if (request.has_value()) {
+    Send(*request, now);
+  } else {
+    exhausted_ = true;
+  }
+}
+
+void Run::SendNextAfterPause() {
+  ++pausing_;
+  const auto pause = std::make_shared<boost::asio::steady_timer>(io_, kPauseAfterFailure);
+  pause->async_wait([this, pause](error_code) {
+    --pausing_;
+    if (MayBegin()) SendNext();
+    if (under_way_ == 0 && pausing_ == 0 && !MayBegin()) AskAgain();
+  });
 }
 
 // The second answer to a request that had a good one, with nobody beside it.
@@ -378,7 +404,7 @@ absl::StatusOr<LoadResults> Run::Go() {
     results_.interrupted = true;
     timer_.cancel();
     client_->CancelAll();
-    if (under_way_ == 0) AskAgain();
+    if (under_way_ == 0 && pausing_ == 0) AskAgain();
   });
   if (options_.idle_connections > 0) {
     TANDEM_ASSIGN_OR_RETURN(

@@ -22,6 +22,8 @@
 namespace tandem::attention {
 namespace {
 
+constexpr absl::Duration kAttachPause = absl::Milliseconds(50);
+
 struct Process {
   std::string address;
   std::shared_ptr<grpc::Channel> channel;
@@ -48,7 +50,13 @@ class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
       TANDEM_ASSIGN_OR_RETURN(p.channel, rpc::Connect(address, options_.tls));
       processes_.push_back(std::move(p));
     }
-    return Open(absl::Now() + options_.attach_patience);
+    // One may die again between its first sign of life and the end of all this.
+    const absl::Time deadline = absl::Now() + options_.attach_patience;
+    for (;;) {
+      const absl::Status opened = Open(deadline);
+      if (opened.ok() || !absl::IsUnavailable(opened) || absl::Now() >= deadline) return opened;
+      absl::SleepFor(kAttachPause);
+    }
   }
 
   absl::Status Start(const ExpertCall& call) override {

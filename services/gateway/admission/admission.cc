@@ -30,7 +30,7 @@ absl::Status Admission::Ticket::Grow(int more) {
 absl::StatusOr<Admission::Ticket> Admission::Enter(int weight) {
   if (absl::Status draining = CheckDraining(); !draining.ok()) return draining;
   if (engines_ != nullptr) {
-    if (absl::Status serving = engines_->status(); !serving.ok()) return serving;
+    if (absl::Status admits = engines_->Admits(patience_); !admits.ok()) return admits;
   }
   if (absl::Status taken = Take(weight, 0); !taken.ok()) return taken;
   return Ticket(this, weight);

@@ -1,5 +1,5 @@
-// Who may come in: at most so many sequences at a time, none while the engine is away or the gateway is
-// draining.
+// Who may come in: at most so many sequences at a time, none while no engine is there to be waited for or the
+// gateway is draining.
 #pragma once
 
 #include <condition_variable>
@@ -35,12 +35,13 @@ class Admission {
     int weight_;
   };
 
-  // `engines` may be null: then only the bound counts.
-  Admission(const EnginePool* engines, int max_sequences)
-      : engines_(engines), max_sequences_(max_sequences) {}
+  // `engines` may be null: then only the bound counts. `patience`: so long after an engine was lost it is
+  // expected back, as by the streams that it has broken off.
+  Admission(const EnginePool* engines, int max_sequences, absl::Duration patience = absl::ZeroDuration())
+      : engines_(engines), max_sequences_(max_sequences), patience_(patience) {}
 
-  // Unavailable: draining, or no engine serves (the message says why). ResourceExhausted: the bound is hit. A
-  // request of more sequences than the bound allows is let in when nothing else runs.
+  // Unavailable: draining, or no engine serves or is expected back (the message says why). ResourceExhausted:
+  // the bound is hit. A request of more sequences than the bound allows is let in when nothing else runs.
   absl::StatusOr<Ticket> Enter(int weight = 1);
 
   // OK if requests are accepted now and an engine works on them: those that come while an engine has lost its
@@ -59,6 +60,7 @@ class Admission {
 
   const EnginePool* const engines_;
   const int max_sequences_;
+  const absl::Duration patience_;
   mutable std::mutex mutex_;
   std::condition_variable empty_;
   int in_flight_ = 0;

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/base/status_macros.h"
 #include "common/rpc/channel.h"
 #include "common/telemetry/log.h"
@@ -37,6 +38,7 @@ struct Engine::Impl {
   bool stopping = false;
   bool check_now = false;
   absl::Status status = absl::UnavailableError("not contacted yet");
+  absl::Time lost_since = absl::InfinitePast();
   std::shared_ptr<const ModelContext> model;
   std::string instance_id;
   std::string backend;
@@ -188,6 +190,8 @@ void Engine::Impl::SetStatus(const absl::Status& now) {
   {
     std::lock_guard lock(mutex);
     before = std::exchange(status, now);
+    if (now.ok()) lost_since = absl::InfinitePast();
+    if (before.ok() && !now.ok()) lost_since = absl::Now();
   }
   if (now.ok() && !before.ok()) spdlog::info("engine {}: serving", address);
   if (!now.ok() && now != before) {
@@ -246,6 +250,11 @@ bool Engine::serving() const { return status().ok(); }
 absl::Status Engine::status() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->status;
+}
+
+absl::Time Engine::lost_since() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->lost_since;
 }
 
 std::shared_ptr<const ModelContext> Engine::model() const {

@@ -57,6 +57,8 @@ class Engine {
   bool serving() const;
   // OK, or why it does not serve: Unavailable; FailedPrecondition if its model cannot be used.
   absl::Status status() const;
+  // When it ceased to serve; InfinitePast: it never did, or it serves.
+  absl::Time lost_since() const;
   // What the engine itself says is in the way of computing (its experts are lost); empty: nothing. It takes
   // sequences all the same, and they wait.
   std::string degraded() const;

@@ -7,6 +7,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
 #include "common/base/listen.h"
 #include "common/base/status_macros.h"
 #include "common/telemetry/log.h"
@@ -223,6 +224,18 @@ absl::Status EnginePool::status() const {
   }
   if (reasons.empty()) reasons.push_back("no engine has an address");
   return absl::UnavailableError(absl::StrJoin(reasons, "; "));
+}
+
+absl::Status EnginePool::Admits(absl::Duration patience) const {
+  const absl::Status serving = status();
+  if (serving.ok()) return serving;
+  const absl::Time now = absl::Now();
+  for (const std::shared_ptr<Engine>& engine : engines()) {
+    if (!absl::IsFailedPrecondition(engine->status()) && now - engine->lost_since() < patience) {
+      return absl::OkStatus();
+    }
+  }
+  return serving;
 }
 
 absl::Status EnginePool::Ready() const {

@@ -54,6 +54,8 @@ class EnginePool {
   std::shared_ptr<const ModelContext> model() const;
   // OK if an engine serves.
   absl::Status status() const;
+  // OK if an engine serves, or was lost less than `patience` ago and may come back: sequences wait for it.
+  absl::Status Admits(absl::Duration patience) const;
   // OK if an engine serves and nothing is in the way of its computing.
   absl::Status Ready() const;
   std::vector<std::shared_ptr<Engine>> engines() const;
