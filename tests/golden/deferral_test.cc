@@ -8,38 +8,23 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "services/attention_gpu/backend/cpu/cpu_backend.h"
 #include "services/attention_gpu/experts/deferral.h"
-#include "tests/golden/golden_prompts.h"
-#include "tests/golden/local_experts.h"
-#include "tests/golden/spied_experts.h"
+#include "tests/golden/spied_model.h"
 
 namespace tandem::golden {
 namespace {
 
-using attention::Backend;
 using attention::StepBatch;
 using attention::StepResult;
 using testing::Each;
 using testing::Ge;
 
-constexpr int32_t kPageTokens = 32, kPages = 128;
+constexpr int32_t kPages = 128;
 constexpr int32_t kTopK = 4;  // of the bundled model
 constexpr size_t kMoeLayers = 5;
 class Model {
  public:
-  explicit Model(int32_t defer_experts) {
-    const std::string path = SourceDir() + "/models/tinyr1-Q4_K_M.gguf";
-    file_ = std::move(*gguf::File::Open(path));
-    config_ = *model::ReadModelConfig(*file_);
-    attention::CpuBackendOptions o;
-    o.threads.threads = 2;
-    o.page_tokens = kPageTokens;
-    o.page_count = kPages;
-    o.defer_experts = defer_experts;
-    auto experts = std::move(*MakeLocalExperts(path, {{}}, kernels::Precision::kFast, 2));
-    backend_ = std::move(*attention::CreateCpuBackend(
-        *file_, config_, o, std::make_unique<SpiedExperts>(std::move(experts), config_.hidden_size, spy_)));
+  explicit Model(int32_t defer_experts) : model_(defer_experts, kPages) {
     for (int32_t p = 0; p < kPages; ++p) pages_.push_back(p);
   }
 
@@ -49,8 +34,8 @@ class Model {
     batch.want_logits = true;
     batch.sequences[0].generated_from = prompt;
     StepResult r;
-    spy_.calls.clear();
-    const absl::Status status = backend_->Step(batch, &r);
+    model_.spy.calls.clear();
+    const absl::Status status = model_.backend->Step(batch, &r);
     EXPECT_TRUE(status.ok()) << status;
     return r;
   }
@@ -64,14 +49,11 @@ class Model {
     }
     return next;
   }
-  Spy& spy() { return spy_; }
-  int64_t vocab() const { return config_.vocab_size; }
+  Spy& spy() { return model_.spy; }
+  int64_t vocab() const { return model_.config.vocab_size; }
 
  private:
-  std::unique_ptr<gguf::File> file_;
-  model::ModelConfig config_;
-  Spy spy_;
-  std::unique_ptr<Backend> backend_;
+  SpiedModel model_;
   std::vector<int32_t> pages_;
 };
 

@@ -4,39 +4,23 @@
 
 #include <gtest/gtest.h>
 
-#include "services/attention_gpu/backend/cpu/cpu_backend.h"
-#include "tests/golden/golden_prompts.h"
-#include "tests/golden/local_experts.h"
-#include "tests/golden/spied_experts.h"
+#include "tests/golden/spied_model.h"
 
 namespace tandem::golden {
 namespace {
 
-using attention::Backend;
 using attention::SampledToken;
 using attention::StepBatch;
 using attention::StepResult;
 using attention::StepSequence;
 
-constexpr int32_t kPageTokens = 32;
 constexpr int32_t kTopK = 4;  // of the bundled model
 constexpr size_t kMoeLayers = 5;
 const std::vector<int32_t> kPages[] = {{9, 3}, {17, 30}, {40, 2}};
 
 class Model {
  public:
-  explicit Model(int32_t defer_experts) {
-    const std::string path = SourceDir() + "/models/tinyr1-Q4_K_M.gguf";
-    file_ = std::move(*gguf::File::Open(path));
-    config_ = *model::ReadModelConfig(*file_);
-    attention::CpuBackendOptions o;
-    o.threads.threads = 2;
-    o.page_tokens = kPageTokens;
-    o.page_count = 64;
-    o.defer_experts = defer_experts;
-    auto experts = std::move(*MakeLocalExperts(path, {{}}, kernels::Precision::kFast, 2));
-    backend_ = std::move(*attention::CreateCpuBackend(
-        *file_, config_, o, std::make_unique<SpiedExperts>(std::move(experts), config_.hidden_size, spy_)));
+  explicit Model(int32_t defer_experts) : model_(defer_experts, 64) {
     params_.logprobs = true;
     params_.top_logprobs = 20;
   }
@@ -59,9 +43,9 @@ class Model {
   }
   std::vector<SampledToken> Run(bool all_logits) {
     batch_.want_logits = all_logits;
-    spy_.calls.clear();
+    model_.spy.calls.clear();
     StepResult r;
-    const absl::Status status = backend_->Step(batch_, &r);
+    const absl::Status status = model_.backend->Step(batch_, &r);
     EXPECT_TRUE(status.ok()) << status;
     batch_ = StepBatch();
     return r.sampled;
@@ -69,15 +53,12 @@ class Model {
   // Tokens in the step's calls for the MoE layers, in order.
   std::vector<size_t> TokensOfCalls() const {
     std::vector<size_t> tokens;
-    for (const Spy::Call& call : spy_.calls) tokens.push_back(call.ids.size() / kTopK);
+    for (const Spy::Call& call : model_.spy.calls) tokens.push_back(call.ids.size() / kTopK);
     return tokens;
   }
 
  private:
-  std::unique_ptr<gguf::File> file_;
-  model::ModelConfig config_;
-  Spy spy_;
-  std::unique_ptr<Backend> backend_;
+  SpiedModel model_;
   attention::SamplingParams params_;
   std::unordered_map<int32_t, int32_t> counts_;
   StepBatch batch_;
