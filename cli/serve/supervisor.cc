@@ -83,6 +83,7 @@ struct Supervisor::Child {
   bool ever_ready = false;
   bool signalled = false;  // SIGTERM sent by AdvanceStop
   int failures = 0;        // in a row
+  bool at_once = false;    // after the first of them it was started again at once
   Clock::time_point ready_at;
   Clock::time_point start_at;  // when to start it (again)
   Clock::time_point next_probe;
@@ -193,8 +194,9 @@ void Supervisor::ReadOutput(Child& child) {
 void Supervisor::Failed(Child& child, int status) {
   const Clock::time_point now = Clock::now();
   if (child.ready && now - child.ready_at >= options_.steady_after) child.failures = 0;
-  child.ready = false;
   ++child.failures;
+  if (child.failures == 1) child.at_once = child.ready;
+  child.ready = false;
   const bool called_wrongly = WIFEXITED(status) && WEXITSTATUS(status) == 2;
   if (!child.ever_ready && (child.failures >= options_.attempts || called_wrongly)) {
     const std::string words = LastWords(child.last_lines);
@@ -206,11 +208,13 @@ void Supervisor::Failed(Child& child, int status) {
     stopping_ = true;
     return;
   }
-  milliseconds wait = options_.first_backoff;
-  for (int i = 1; i < child.failures && wait < options_.max_backoff; ++i) wait *= 2;
+  const int waits = child.failures - (child.at_once ? 1 : 0);
+  milliseconds wait = waits == 0 ? milliseconds(0) : options_.first_backoff;
+  for (int i = 1; i < waits && wait < options_.max_backoff; ++i) wait *= 2;
   wait = std::min(wait, options_.max_backoff);
   child.start_at = now + wait;
-  Say(absl::StrCat(child.spec.name, " ended (", Describe(status), "); starting it again in ", Seconds(wait)));
+  Say(absl::StrCat(child.spec.name, " ended (", Describe(status), "); starting it again ",
+                   waits == 0 ? "at once" : "in " + Seconds(wait)));
 }
 
 void Supervisor::Reap(Child& child) {

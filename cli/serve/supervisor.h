@@ -26,7 +26,8 @@ struct ChildSpec {
 class Supervisor {
  public:
   struct Options {
-    std::chrono::milliseconds first_backoff{1000};  // doubled with every failure in a row
+    // Doubled with every failure in a row. What was ready is started again at once after the first.
+    std::chrono::milliseconds first_backoff{1000};
     std::chrono::milliseconds max_backoff{30000};
     std::chrono::milliseconds steady_after{60000};  // ready for that long: the backoff begins anew
     int attempts = 5;  // failures before it was ever ready until the supervisor gives up

@@ -34,6 +34,16 @@ bool Eventually(const Condition& condition) {
 
 class SupervisorTest : public ::testing::Test {
  protected:
+  // The process that printed the latest "pid N".
+  pid_t LatestPid(const std::string& child) {
+    pid_t pid = 0;
+    for (const std::string& line : log()) {
+      const std::string start = child + "|pid ";
+      if (line.rfind(start, 0) == 0) pid = std::stoi(line.substr(start.size()));
+    }
+    return pid;
+  }
+
   SupervisorTest() {
     std::string name = ::testing::TempDir() + "tandem-supervisor-XXXXXX";
     folder_ = mkdtemp(name.data());
@@ -124,12 +134,8 @@ TEST_F(SupervisorTest, SaysOnceThatAllAreReady) {
 
 TEST_F(SupervisorTest, StartsAgainWhatDies) {
   Start({Script("a", "echo pid $$; touch a; exec sleep 600", 0, "a")});
-  ASSERT_TRUE(Eventually([&] { return Count("all ready") == 1; }));
-  std::vector<std::string> lines = log();
-  pid_t pid = 0;
-  for (const std::string& line : lines) {
-    if (line.rfind("a|pid ", 0) == 0) pid = std::stoi(line.substr(6));
-  }
+  ASSERT_TRUE(Eventually([&] { return Count("all ready") == 1 && Count("a|pid ") == 1; }));
+  const pid_t pid = LatestPid("a");
   ASSERT_GT(pid, 0);
   kill(pid, SIGKILL);
   ASSERT_TRUE(Eventually([&] { return Count("a is back") == 1; }));
@@ -137,6 +143,18 @@ TEST_F(SupervisorTest, StartsAgainWhatDies) {
   EXPECT_TRUE(Eventually([&] { return Count("a|pid ") == 2; }));
   EXPECT_EQ(Count("signal 9"), 1u);
   EXPECT_EQ(Count("all ready"), 1u);
+  EXPECT_EQ(Stop(), 0);
+}
+
+TEST_F(SupervisorTest, WhatWasReadyIsStartedAgainAtOnceButNotTwice) {
+  options_.first_backoff = options_.max_backoff = std::chrono::minutes(10);
+  Start({Script("a", "echo pid $$; touch a; exec sleep 600", 0, "a")});
+  ASSERT_TRUE(Eventually([&] { return Count("all ready") == 1 && Count("a|pid ") == 1; }));
+  kill(LatestPid("a"), SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return Count("a is back") == 1 && Count("a|pid ") == 2; }));
+  EXPECT_EQ(Count("starting it again at once"), 1u);
+  kill(LatestPid("a"), SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return Count("starting it again in 600") == 1; }));
   EXPECT_EQ(Stop(), 0);
 }
 
