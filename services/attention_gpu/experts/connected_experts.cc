@@ -53,7 +53,7 @@ class ConnectedExperts final : public ExpertGroup, private DeviceCalls {
     // One may die again between its first sign of life and the end of all this.
     const absl::Time deadline = absl::Now() + options_.attach_patience;
     for (;;) {
-      const absl::Status opened = Open(deadline);
+      absl::Status opened = Open(deadline);
       if (opened.ok() || !absl::IsUnavailable(opened) || absl::Now() >= deadline) return opened;
       absl::SleepFor(kAttachPause);
     }

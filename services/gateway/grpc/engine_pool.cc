@@ -227,7 +227,7 @@ absl::Status EnginePool::status() const {
 }
 
 absl::Status EnginePool::Admits(absl::Duration patience) const {
-  const absl::Status serving = status();
+  absl::Status serving = status();
   if (serving.ok()) return serving;
   const absl::Time now = absl::Now();
   for (const std::shared_ptr<Engine>& engine : engines()) {
