@@ -17,9 +17,7 @@ namespace {
 
 using std::chrono::milliseconds;
 using ::testing::Contains;
-using ::testing::Each;
 using ::testing::ElementsAre;
-using ::testing::HasSubstr;
 
 // Waits for a condition; the bound only matters where the test fails.
 template <typename Condition>
