@@ -91,7 +91,7 @@ TEST_F(LifecycleTest, NewRequestsDoNotWaitForEver) {
   Start();
   engine_->Stop();
   ASSERT_TRUE(WaitReady(false));
-  const HttpReply late = Chat();  // let in or not: too late for both within the patience
+  const HttpReply late = Chat();  // the patience ends before it is let in, or after
   ExpectError(late, 503, "server_error", "", "service_unavailable", "");
   EXPECT_EQ(late.headers.count("retry-after"), 1u);
   std::this_thread::sleep_for(std::chrono::milliseconds(350));

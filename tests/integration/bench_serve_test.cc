@@ -86,5 +86,24 @@ TEST_F(BenchServeTest, ErrorsAreToldAndCounted) {
   EXPECT_EQ(summary_["failures"]["http 400"], 4) << output_;
 }
 
+TEST(BenchServeLossTest, ARefusedClientPauses) {
+  StackOptions options;
+  options.gateway = {"--resume-timeout", "0"};
+  Stack stack(options);
+  ASSERT_TRUE(stack.WaitReady());
+  const std::string url = "http://127.0.0.1:" + std::to_string(stack.rest_port());
+  Process bench("tandem", {"bench", "serve", "--url", url, "--json", "--concurrency", "2", "--duration", "2",
+                           "--prompt-tokens", "20", "--output-tokens", "50"});
+  const RestClient rest = stack.rest();
+  ASSERT_TRUE(WaitUntil([&] { return rest.Metric("tandem_requests_running") >= 1; })) << bench.Output();
+  stack.attention().Kill();
+  EXPECT_EQ(bench.Wait(), 1) << bench.Output();
+  const std::string out = bench.Stdout();
+  const Json summary = Json::parse(out.substr(0, out.find('\n')), nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(summary.is_object()) << bench.Output();
+  ASSERT_TRUE(summary["failures"].contains("http 503")) << bench.Output();
+  EXPECT_LE(summary["failures"]["http 503"], 2 * 21) << "each of two clients in 2 s, 0.1 s apart";
+}
+
 }  // namespace
 }  // namespace tandem::integration

@@ -37,7 +37,7 @@ class Admission {
 
   // `engines` may be null: then only the bound counts. `patience`: so long after an engine was lost it is
   // expected back, as by the streams that it has broken off.
-  Admission(const EnginePool* engines, int max_sequences, absl::Duration patience = absl::ZeroDuration())
+  Admission(const EnginePool* engines, int max_sequences, absl::Duration patience)
       : engines_(engines), max_sequences_(max_sequences), patience_(patience) {}
 
   // Unavailable: draining, or no engine serves or is expected back (the message says why). ResourceExhausted:
