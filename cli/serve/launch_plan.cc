@@ -130,6 +130,9 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
   if (!options.stream_prefill.empty()) {
     attention.argv.push_back("--stream-prefill=" + options.stream_prefill);
   }
+  if (options.stream_chunk_size >= 0) {
+    attention.argv.push_back(absl::StrCat("--stream-chunk-size=", options.stream_chunk_size));
+  }
   if (!options.stream_share.empty()) attention.argv.push_back("--stream-share=" + options.stream_share);
 
   Process gateway;

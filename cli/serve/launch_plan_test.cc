@@ -122,6 +122,7 @@ TEST(PlanProcesses, StreamingAndItsMemoryArePassedOnWhereGiven) {
   for (const Process& p : plan()) {
     EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--stream-prefill"))));
     EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--stream-share"))));
+    EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--stream-chunk-size"))));
     EXPECT_THAT(p.argv, Not(Contains(HasSubstr("--arena"))));
   }
   EXPECT_THAT(plan()[2].argv, Not(Contains(HasSubstr("--kv-cache-type"))));
@@ -132,11 +133,13 @@ TEST(PlanProcesses, StreamingAndItsMemoryArePassedOnWhereGiven) {
   EXPECT_THAT(plan()[2].argv, Contains("--defer-experts=2"));
   options.stream_prefill = "700";
   options.stream_share = "40";
+  options.stream_chunk_size = 0;
   options.arena = "shared";
   EXPECT_THAT(plan()[0].argv, Contains("--arena=shared"));
   EXPECT_THAT(plan()[1].argv, Contains("--arena=shared"));
   EXPECT_THAT(plan()[2].argv, Contains("--stream-prefill=700"));
   EXPECT_THAT(plan()[2].argv, Contains("--stream-share=40"));
+  EXPECT_THAT(plan()[2].argv, Contains("--stream-chunk-size=0"));
 }
 
 TEST(PlanProcesses, OneExpertProcessASocket) {

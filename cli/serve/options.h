@@ -30,10 +30,11 @@ struct ServeOptions {
   double max_decode_slowdown = -1;  // below 0: the engine's default
   double vram_gb = 0;               // 0: what is free
   std::string kv_cache_type = "bf16";
-  int64_t defer_experts = 0;   // of a token's, added a layer later
-  std::string stream_prefill;  // empty: the engine's default
-  std::string stream_share;    // empty: the engine's default
-  std::string arena;           // of the expert processes; empty: their default
+  int64_t defer_experts = 0;       // of a token's, added a layer later
+  std::string stream_prefill;      // empty: the engine's default
+  std::string stream_share;        // empty: the engine's default
+  int64_t stream_chunk_size = -1;  // -1: the engine's default
+  std::string arena;               // of the expert processes; empty: their default
   std::string expert_groups = "auto";
   std::string precision = "fast";
   std::string model_name;  // by which clients know it; empty: the file's

@@ -14,14 +14,18 @@ namespace {
 // for 4096 tokens, for more of them so much for each. More than the most is of no use: then the GPU's own
 // work takes longer than the copies.
 constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
-constexpr uint64_t kStreamBytesAToken = 187'500;
+constexpr uint64_t kStreamBytesAToken = 140'000;
 constexpr int64_t kFewStreamTokens = 4096;
+// Every pass of a prompt takes all weights over the bus: the fewer the better. So many at most; and in short
+// contexts as few as will do, since there the rest of the memory is better left to others.
+constexpr int32_t kManyStreamTokens = 16384, kShortContext = 8192;
 
 }  // namespace
 
 absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, const gguf::File& file,
                                                             const model::ModelConfig& c,
-                                                            CudaBackendOptions wanted, int32_t most_pages) {
+                                                            CudaBackendOptions wanted, int32_t context,
+                                                            int32_t most_pages) {
   if (o.gpu == "none") return std::nullopt;
   const bool automatic = o.gpu == "auto";
   if (!automatic) {
@@ -38,12 +42,20 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
         absl::StrCat("--gpu ", o.gpu, ": --precision reference is the CPU backend's alone"));
   }
   wanted.vram_limit = static_cast<uint64_t>(o.vram_gb * 1e9);
-  absl::StatusOr<CudaPlan> plan = PlanCuda(file, c, wanted);
-  if (absl::IsResourceExhausted(plan.status()) && o.stream_buffer_mb == 0 &&
-      wanted.stream_buffer_bytes > kLeastStreamBytes) {
-    wanted.stream_buffer_bytes = kLeastStreamBytes;
+  absl::StatusOr<CudaPlan> plan;
+  const int32_t least_pages = wanted.page_count;
+  const std::vector<StreamStep> steps = StreamSteps(o, context);
+  for (const StreamStep& step : steps) {
+    wanted.stream_step_tokens = step.tokens;
+    wanted.stream_buffer_bytes = step.buffer_bytes;
+    // Steps larger than the least are not worth a cache of a single sequence.
+    const bool larger = step.tokens > steps.back().tokens;
+    wanted.page_count = larger ? std::max(least_pages, std::min(most_pages, 2 * least_pages)) : least_pages;
     plan = PlanCuda(file, c, wanted);
+    if (!absl::IsResourceExhausted(plan.status())) break;
   }
+  wanted.page_count = least_pages;
+  if (plan.ok()) plan = PlanCuda(file, c, wanted);
   if (absl::IsResourceExhausted(plan.status()) && wanted.stream_prefill.mode == StreamPrefill::Mode::kAuto) {
     wanted.stream_prefill.mode = StreamPrefill::Mode::kOff;
     plan = PlanCuda(file, c, wanted);
@@ -60,6 +72,27 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   if (!automatic) return Annotate(plan.status(), absl::StrCat("--gpu ", o.gpu));
   spdlog::info("no GPU is used: {}", std::string(plan.status().message()));
   return std::nullopt;
+}
+
+std::vector<StreamStep> StreamSteps(const Options& o, int32_t context) {
+  std::vector<int64_t> sizes = {o.stream_chunk_size};
+  if (o.stream_chunk_size == 0) {
+    sizes = {kFewStreamTokens};
+    if (context > kShortContext)
+      sizes = {std::min(context, kManyStreamTokens), kShortContext, kFewStreamTokens};
+  }
+  std::vector<StreamStep> out;
+  for (const int64_t size : sizes) {
+    // No step has more than a context, unless many sequences share it.
+    StreamStep step;
+    step.tokens = static_cast<int32_t>(std::min(size, int64_t{context} * o.max_batch_size));
+    step.buffer_bytes = StreamBufferBytes(o.stream_buffer_mb, step.tokens);
+    out.push_back(step);
+    if (o.stream_buffer_mb > 0 || step.buffer_bytes <= kLeastStreamBytes) continue;
+    step.buffer_bytes = kLeastStreamBytes;
+    out.push_back(step);
+  }
+  return out;
 }
 
 uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens) {

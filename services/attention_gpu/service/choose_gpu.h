@@ -1,7 +1,9 @@
 // Whether the engine computes on a GPU.
 #pragma once
 
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "common/gguf/gguf.h"
@@ -11,13 +13,24 @@
 
 namespace tandem::attention {
 
-// What the CUDA backend is to be made with, or nothing for the CPU backend. `wanted` has all but the device
-// and the limit, which come from --gpu and --vram-gb; its pages are the least that will do, and become up to
-// `most_pages` where there is room. With --gpu auto, whatever keeps a GPU from being used
+// What the CUDA backend is to be made with, or nothing for the CPU backend. `wanted` has all but the device,
+// the limit and the size of streamed steps, which come from --gpu, --vram-gb, --stream-chunk-size and
+// --stream-buffer-mb; its pages are the least that will do, and become up to `most_pages` where there is
+// room. `context`: tokens of a sequence. With --gpu auto, whatever keeps a GPU from being used
 // is said on the log; with --gpu N it is an error. InvalidArgument names a flag.
 absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& options, const gguf::File& file,
                                                             const model::ModelConfig& config,
-                                                            CudaBackendOptions wanted, int32_t most_pages);
+                                                            CudaBackendOptions wanted, int32_t context,
+                                                            int32_t most_pages);
+
+// A streamed step's size to try: its tokens and its memory for weights on their way.
+struct StreamStep {
+  int32_t tokens = 0;
+  uint64_t buffer_bytes = 0;
+  friend bool operator==(const StreamStep&, const StreamStep&) = default;
+};
+// What to try, best first, by --stream-chunk-size, --stream-buffer-mb and --max-batch-size.
+std::vector<StreamStep> StreamSteps(const Options& options, int32_t context);
 
 // GPU memory for weights on their way: so many 10^6 bytes; 0: what is copied while attention of a step of so
 // many tokens runs.

@@ -31,11 +31,41 @@ TEST(PagesThatFit, NeverLessThanTheLeast) {
   EXPECT_EQ(PagesThatFit(CudaPlan(), 100, 5000), 100);
 }
 
+std::vector<int32_t> Tokens(const std::vector<StreamStep>& steps) {
+  std::vector<int32_t> out;
+  for (const StreamStep& s : steps) out.push_back(s.tokens);
+  return out;
+}
+
+TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
+  Options o;
+  o.stream_chunk_size = 6000;
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 840'000'000}, {6000, 640'000'000}}));
+  o.stream_buffer_mb = 900;
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 900'000'000}}));
+  o.stream_chunk_size = 512;
+  o.stream_buffer_mb = 0;
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{512, 640'000'000}}));
+}
+
+TEST(StreamSteps, LargerOnesForLongContexts) {
+  const Options o;
+  EXPECT_EQ(Tokens(StreamSteps(o, 8192)), std::vector<int32_t>({4096}));
+  EXPECT_EQ(Tokens(StreamSteps(o, 10000)), std::vector<int32_t>({10000, 10000, 8192, 8192, 4096}));
+  EXPECT_EQ(Tokens(StreamSteps(o, 131072)), std::vector<int32_t>({16384, 16384, 8192, 8192, 4096}));
+}
+
+TEST(StreamSteps, NoLargerThanAllSequencesTogether) {
+  Options o;
+  o.max_batch_size = 3;
+  EXPECT_EQ(Tokens(StreamSteps(o, 1000)), std::vector<int32_t>({3000}));
+}
+
 TEST(StreamBufferBytes, AsAskedForOrByTheStep) {
   EXPECT_EQ(StreamBufferBytes(5, 4096), 5'000'000u);
   EXPECT_EQ(StreamBufferBytes(0, 512), 640'000'000u);
   EXPECT_EQ(StreamBufferBytes(0, 4096), 640'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 16384), 3'072'000'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 16384), 2'293'760'000u);
   EXPECT_EQ(StreamBufferBytes(0, 1 << 20), 6'144'000'000u);
 }
 

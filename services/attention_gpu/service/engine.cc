@@ -175,16 +175,12 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   on_gpu.max_step_tokens = MaxStepTokens(o, true);
   TANDEM_ASSIGN_OR_RETURN(on_gpu.stream_prefill, ParseStreamPrefill(o.stream_prefill));
   TANDEM_ASSIGN_OR_RETURN(on_gpu.stream_share, ParseStreamShare(o.stream_share));
-  // No step has more than a context, unless many sequences share it.
-  on_gpu.stream_step_tokens =
-      static_cast<int32_t>(std::min(int64_t{o.stream_chunk_size}, int64_t{sizes.context} * o.max_batch_size));
-  on_gpu.stream_buffer_bytes = StreamBufferBytes(o.stream_buffer_mb, on_gpu.stream_step_tokens);
   on_gpu.max_graph_rows = o.max_batch_size;
   on_gpu.bell = o.gpu_bell;
   on_gpu.int8_cache = o.kv_cache_type == "int8";
   on_gpu.defer_experts = o.defer_experts;
   TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu,
-                          ChooseGpu(o, *out.file, c, on_gpu, sizes.gpu_most));
+                          ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
   const int32_t pages = gpu ? gpu->page_count : sizes.pages;
   const HostNeeds needs = HostNeedsOf(*out.file, c, gpu ? 0 : pages);
   spdlog::info("KV cache: {} tokens in pages of {}, {}; context {} tokens", int64_t{pages} * kPageTokens,

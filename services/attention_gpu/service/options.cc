@@ -74,8 +74,11 @@ ParsedOptions ParseOptions(int argc, char** argv) {
         return parsed.ok() ? std::string() : std::string(parsed.status().message());
       })
       ->capture_default_str();
-  app.add_option("--stream-chunk-size", o.stream_chunk_size, "prompt tokens of a step that streams")
-      ->check(CLI::Range(1, 65536))
+  app.add_option(
+         "--stream-chunk-size", o.stream_chunk_size,
+         "prompt tokens of a step that streams; 0: 4096, with contexts of more than 8192 tokens up to 16384 "
+         "where the GPU has room")
+      ->check(CLI::Range(0, 65536))
       ->capture_default_str();
   app.add_option(
          "--stream-buffer-mb", o.stream_buffer_mb,

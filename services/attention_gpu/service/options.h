@@ -26,7 +26,7 @@ struct Options {
   double vram_gb = 0;                   // 10^9 bytes that may be taken of the GPU's memory; 0: what is free
   std::string stream_prefill = "auto";  // or off, or the least tokens of a prompt
   std::string stream_share = "auto";    // or off, or a percentage
-  int32_t stream_chunk_size = 4096;     // prompt tokens of a step that streams
+  int32_t stream_chunk_size = 0;        // prompt tokens of a step that streams; 0: by context and memory
   int64_t stream_buffer_mb = 0;         // 10^6 bytes of GPU memory for weights on their way; 0: by the step
   std::string cpus;                     // list such as 0-7,16; empty: not pinned
   int threads = 0;                      // 0: one per allowed CPU
