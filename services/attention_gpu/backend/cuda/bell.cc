@@ -112,13 +112,15 @@ absl::StatusOr<std::unique_ptr<Bell>> Bell::Open(const model::ModelConfig& confi
 absl::Status Bell::Allocate() {
   device_memory_.Want(&states_, kMostRings);
   device_memory_.Want(&blocks_done_, 1);
+  device_memory_.Want(&seen_, 1);
   host_memory_.Want(&host_states_, kMostRings);
   host_memory_.Want(&stop_, 1);
   host_memory_.Want(&failed_, 1);
   TANDEM_RETURN_IF_ERROR(device_memory_.Allocate("the bell"));
   TANDEM_RETURN_IF_ERROR(host_memory_.Allocate("the bell"));
   *stop_ = *failed_ = 0;
-  return ToStatus(cudaMemset(blocks_done_, 0, sizeof(uint32_t)), "the bell");
+  TANDEM_RETURN_IF_ERROR(ToStatus(cudaMemset(seen_, 0, sizeof *seen_), "the bell"));
+  return ToStatus(cudaMemset(blocks_done_, 0, sizeof *blocks_done_), "the bell");
 }
 
 Bell::~Bell() {
@@ -179,7 +181,8 @@ absl::Status Bell::Begin(uint64_t calls, cudaStream_t stream) {
   if (calls_ == nullptr) return absl::UnavailableError("the experts are not attached");
   TANDEM_ASSIGN_OR_RETURN(first_, calls_->BeginRun(calls));
   run_calls_ = calls;
-  for (size_t i = 0; i < rings_.size(); ++i) host_states_[i] = {slots_[i], rings_[i].epoch, first_[i]};
+  ++run_;
+  for (size_t i = 0; i < rings_.size(); ++i) host_states_[i] = {slots_[i], rings_[i].epoch, first_[i], run_};
   *failed_ = 0;
   *stop_ = 0;
   {
@@ -257,6 +260,7 @@ absl::Status Bell::AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_
   p.wait = kind_ == BellKind::kKernel;
   p.stop = stop_;
   p.failed = failed_;
+  p.seen = seen_;
   if (!p.wait) TANDEM_RETURN_IF_ERROR(Put(MemoryOpKind::kWait, p.index, stream));
   return ToStatus(LaunchAddAnswers(p, stream), "the experts' answer");
 }

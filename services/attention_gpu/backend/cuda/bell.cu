@@ -15,14 +15,24 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 64;
-constexpr unsigned kPause = 100;  // nanoseconds between two looks over the bus
+constexpr unsigned kPause = 100;  // nanoseconds between two looks over the bus, or at device memory
+constexpr int kLooks = 16;        // at a flag, for one at whether to stop
+constexpr int kIndexBits = 24;    // of AnswerParams::seen: the run, the call's index, whether all is there
 
 __device__ __forceinline__ void StoreRelease(uint8_t* p, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-__device__ __forceinline__ uint32_t LoadAcquire(const uint8_t* p) {
+__device__ __forceinline__ uint32_t LoadRelaxed(const uint8_t* p) {
   uint32_t v;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void ReleaseOnDevice(uint64_t* p, uint64_t v) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ uint64_t RelaxedOnDevice(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
 template <typename T>
@@ -49,9 +59,11 @@ __device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
   return deferred == (p.part == AskPart::kDeferred);
 }
 
+// What comes behind it begins when the routing is done: its first weights would stand in the way of what the
+// routing reads (seen: 2 to 4 us), and nobody waits for what is computed beside the experts.
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
-  LetNextBegin();
   AwaitEarlier();
+  LetNextBegin();
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -105,10 +117,11 @@ __device__ bool Answered(const AnswerParams& p, int r) {
   const uint8_t* slot = SlotOf(ring, p.at, p.index);
   const uint8_t* flag = slot + p.at.answered;
   const auto number = static_cast<uint32_t>(ring.first) + p.index;
-  while (static_cast<int32_t>(LoadAcquire(flag) - number) < 0) {
-    if (!p.wait || Stopped(p)) return false;
+  for (int look = 0; static_cast<int32_t>(LoadRelaxed(flag) - number) < 0; ++look) {
+    if (!p.wait || (look % kLooks == 0 && Stopped(p))) return false;
     __nanosleep(kPause);
   }
+  __threadfence_system();  // with the look that saw the number: acquire
   // All on their way over the bus together.
   const auto* answer = reinterpret_cast<const WireAnswer*>(slot + p.at.answer);
   const uint64_t sequence = LoadOnce(&answer->sequence), epoch = LoadOnce(&answer->epoch);
@@ -133,18 +146,40 @@ __device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, int64_t i) {
                      static_cast<float>(high.y));
 }
 
+// What p.seen becomes, but for the lowest bit, which says that all answers are there.
+__device__ __forceinline__ uint64_t SeenOf(const AnswerParams& p) {
+  return (p.rings[0].run << kIndexBits | p.index) << 1;
+}
+
+// For thread 0 of each block: whether all answers are there. One block looks over the bus and tells the
+// others, which look at device memory: many that read over the bus keep the kernels in front from ending
+// (seen: 25 us for a SiLU of 1 us beside 28 blocks).
+__device__ bool AllAnswered(const AnswerParams& p) {
+  const uint64_t call = SeenOf(p);
+  if (blockIdx.x == 0) {
+    bool all = true;
+    for (int r = 0; r < p.count; ++r) all = Answered(p, r) && all;
+    if (!all && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
+    ReleaseOnDevice(p.seen, call | (all ? 1 : 0));
+    return all;
+  }
+  for (;;) {
+    const uint64_t seen = RelaxedOnDevice(p.seen);
+    if ((seen ^ call) <= 1) {
+      __threadfence();  // as above
+      return (seen & 1) != 0;
+    }
+    __nanosleep(kPause);
+  }
+}
+
 // Answers are waited for and fetched while the kernels in front are still at work: nothing on the device
 // writes them. What comes next begins only when they are there: until then the device's processors are for
-// others.
+// others; and all blocks have read `seen` then.
 __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   __shared__ int good;
   if (!p.wait) AwaitEarlier();  // somebody in front has waited
-  if (threadIdx.x == 0) {
-    bool all = true;
-    for (int r = 0; r < p.count; ++r) all = Answered(p, r) && all;
-    good = all ? 1 : 0;
-    if (!all && blockIdx.x == 0 && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
-  }
+  if (threadIdx.x == 0) good = AllAnswered(p) ? 1 : 0;
   __syncthreads();
   LetNextBegin();
   const int64_t values = good == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
@@ -175,7 +210,7 @@ cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream) {
 cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream) {
   if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
   if (!p.double_output && p.count != 1) return cudaErrorInvalidValue;
-  // Few blocks look over the bus; the rest of the GPU stays free.
+  // Few blocks read over the bus; the rest of the GPU stays free.
   return LaunchEarly(Add, Blocks(p.n, p.hidden, kMostBlocks), kThreads, 0, stream, p);
 }
 

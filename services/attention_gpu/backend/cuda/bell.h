@@ -119,6 +119,7 @@ class Bell : public RoutedExperts {
   std::vector<DeviceRing> rings_;
   std::vector<uint8_t*> slots_;  // each ring's first, as the device sees it
   std::vector<uint64_t> first_;  // numbers of this run's first calls
+  uint64_t run_ = 0;             // runs begun
   uint64_t run_calls_ = 0;
   BellNodes* recording_ = nullptr;
   std::vector<std::unique_ptr<HostCall>> host_calls_;
@@ -126,6 +127,7 @@ class Bell : public RoutedExperts {
   Arena device_memory_{Arena::Kind::kDevice}, host_memory_{Arena::Kind::kPinnedHost};
   RingState* states_ = nullptr;       // device
   uint32_t* blocks_done_ = nullptr;   // device
+  uint64_t* seen_ = nullptr;          // device
   RingState* host_states_ = nullptr;  // pinned
   // Pinned, the GPU reads and writes them.
   uint32_t* stop_ = nullptr;

@@ -16,6 +16,7 @@ struct RingState {
   uint8_t* slot = nullptr;  // the first; mapped host memory
   uint64_t epoch = 0;
   uint64_t first = 0;  // number of the run's first call
+  uint64_t run = 0;    // another for each run, not 0
 };
 
 // Where things are in a slot, bytes from its beginning. Call number s uses slot s % slots.
@@ -70,11 +71,13 @@ struct AnswerParams {
   bool double_output = false;  // F64 answers, whose sum is rounded once; else float32
   float* x = nullptr;          // [n, hidden] += the answers' sum
   int32_t n = 0, hidden = 0;
-  // With `wait` each block waits for the answers' flags, until *stop (mapped host memory) is not 0.
+  // With `wait` the answers' flags are waited for, until *stop (mapped host memory) is not 0.
   bool wait = true;
   const uint32_t* stop = nullptr;
   // Mapped host memory: the run's first call without an answer that is one, plus 1. Nothing is added then.
   uint32_t* failed = nullptr;
+  // What the blocks know of the call that was last waited for; 0 before the first run.
+  uint64_t* seen = nullptr;
 };
 cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream);
 

@@ -1,7 +1,8 @@
-// The GPU's share of a decode step: a model's own graph, with experts that answer at once and with nothing.
+// The GPU's share of a decode step: a model's own graph, with experts that answer with nothing, at once or
+// after a while, which is subtracted.
 //
 //   cuda_step_benchmark --model FILE [--contexts 8192,131072] [--rows 1,4,16] [--kv-cache-type bf16|int8]
-//   [--bell auto] [--defer-experts N]
+//   [--bell auto] [--defer-experts N] [--expert-us N]
 //
 // The cache's contents do not matter to the time: nothing is computed beforehand. The ceiling is what must be
 // read of the GPU's memory, by the rate of plain reads in the same run.
@@ -25,14 +26,19 @@ namespace tandem::attention {
 namespace {
 
 constexpr int32_t kPageTokens = 32;
+constexpr int64_t kMostTokens = 65536;
 
 class NoExperts : public ExpertGroup {
  public:
-  NoExperts(const model::ModelConfig& c, uint32_t slots)
+  NoExperts(const model::ModelConfig& c, uint32_t slots, absl::Duration time)
       : peers_(
             1,
             {slots, 512, static_cast<uint32_t>(c.num_experts_per_tok), static_cast<uint32_t>(c.hidden_size)},
-            [](const shm::IncomingCall&, size_t) { return absl::OkStatus(); }) {}
+            [time](const shm::IncomingCall&, size_t) {
+              for (const absl::Time end = absl::Now() + time; absl::Now() < end;) {
+              }
+              return absl::OkStatus();
+            }) {}
   absl::Status Start(const ExpertCall&) override { return absl::UnimplementedError("for the GPU alone"); }
   absl::Status Finish(float*) override { return absl::UnimplementedError("for the GPU alone"); }
   absl::Status Recover(absl::Duration) override { return absl::OkStatus(); }
@@ -71,6 +77,7 @@ struct Flags {
   std::string model, bell = "auto", cache_type = "bf16";
   std::vector<int64_t> contexts = {8192, 131072}, rows = {1, 4, 16};
   int32_t defer_experts = 0;
+  int32_t expert_us = 0;
 };
 
 absl::Status Measure(const Flags& flags) {
@@ -83,15 +90,19 @@ absl::Status Measure(const Flags& flags) {
   o.threads.threads = 8;
   o.page_tokens = kPageTokens;
   const int64_t longest = *std::max_element(flags.contexts.begin(), flags.contexts.end());
-  o.page_count = static_cast<int32_t>(longest / kPageTokens + 16);
+  // As many as the rows would need each, as far as it matters to how attention is cut.
+  const int64_t most = longest * *std::max_element(flags.rows.begin(), flags.rows.end());
+  o.page_count = static_cast<int32_t>(std::max(longest, std::min(most, kMostTokens)) / kPageTokens + 16);
   o.bell = flags.bell;
   o.int8_cache = int8;
   o.defer_experts = flags.defer_experts;
   const auto plan = PlanCuda(**file, *config, o);
   if (!plan.ok()) return plan.status();
   std::printf("%s\n", plan->ToString().c_str());
-  auto backend = CreateCudaBackend(
-      **file, *config, o, std::make_unique<NoExperts>(*config, flags.defer_experts > 0 ? kDeferralSlots : 1));
+  auto backend =
+      CreateCudaBackend(**file, *config, o,
+                        std::make_unique<NoExperts>(*config, flags.defer_experts > 0 ? kDeferralSlots : 1,
+                                                    absl::Microseconds(flags.expert_us)));
   if (!backend.ok()) return backend.status();
   const auto ceiling = ReadCeiling();
   if (!ceiling.ok()) return ceiling.status();
@@ -134,12 +145,14 @@ absl::Status Measure(const Flags& flags) {
         if (i >= 3) seconds.push_back(absl::ToDoubleSeconds(absl::Now() - begin));
       }
       std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
-      const double median = seconds[seconds.size() / 2];
+      const double median = seconds[seconds.size() / 2] -
+                            1e-6 * static_cast<double>(config->num_moe_layers() * flags.expert_us);
       const double bytes =
           weights + static_cast<double>(rows * context * row_bytes * config->num_hidden_layers);
       std::printf(
-          "context %7lld, %2lld rows: %7.2f ms a step with empty expert calls, %.3f of the bound %.2f ms\n",
-          static_cast<long long>(context), static_cast<long long>(rows), 1e3 * median,
+          "context %7lld, %2lld rows: %7.2f ms a step beside expert calls of %d us, %.3f of the bound %.2f "
+          "ms\n",
+          static_cast<long long>(context), static_cast<long long>(rows), 1e3 * median, flags.expert_us,
           bytes / *ceiling / median, 1e3 * bytes / *ceiling);
     }
   }
@@ -157,6 +170,7 @@ int main(int argc, char** argv) {
   app.add_option("--rows", flags.rows, "sequences of a step")->delimiter(',');
   app.add_option("--kv-cache-type", flags.cache_type, "bf16 or int8")->check(CLI::IsMember({"bf16", "int8"}));
   app.add_option("--bell", flags.bell, "auto, stream, kernel or host");
+  app.add_option("--expert-us", flags.expert_us, "so long the experts take; 0: they answer at once");
   app.add_option("--defer-experts", flags.defer_experts, "of a token, as tandem-attention");
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = tandem::attention::Measure(flags);
