@@ -38,6 +38,8 @@ void AddBenchFlags(Command& command, BenchOptions* options) {
                "moe: also with so many processes, each with a slice and its share of the threads")
       .Choice("precision", &options->precision, {"fast", "bulk"},
               "moe: exact integer kernels, or bf16 tiles as prefill with a GPU asks for")
+      .Integer("pause-us", &options->pause_us, 0, 1000000,
+               "moe: microseconds between calls, as a layer's other work takes (default 0)")
       .Integer("megabytes", &options->megabytes, 1, 1000000, "roofline: size of what is read (default 1024)")
       .Integer("calls", &options->calls, 100, 100000000, "roundtrip: calls (default 20000)")
       .Text("model", &options->model, "load: the file; roundtrip: default the demo model")

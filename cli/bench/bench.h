@@ -32,6 +32,7 @@ struct BenchOptions {
   int64_t layers = 0;          // distinct ones; 0: by the memory there is
   int64_t experts = 0;         // of each; 0: by the memory there is
   int64_t slices = 1;          // moe: so many processes with a slice each, beside one process with all of it
+  int64_t pause_us = 0;        // moe: between calls
   int64_t megabytes = 1024;    // roofline: size of what is read
   int64_t calls = 20000;       // roundtrip
   std::string model;           // load; roundtrip (empty: the demo model)

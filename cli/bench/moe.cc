@@ -25,6 +25,7 @@ constexpr int64_t kMostTokens = 65536;
 struct Setup {
   expert::GenerateOptions generate;
   int64_t model_layers = 0;  // MoE layers of the whole model
+  double pause = 0;          // seconds between calls
   uint64_t bytes = 0;        // of the weights
 };
 
@@ -33,6 +34,7 @@ absl::StatusOr<Setup> Sized(const BenchOptions& options, int64_t layers, int64_t
   TANDEM_ASSIGN_OR_RETURN(model::ModelConfig config, NamedShape(options.shape));
   Setup setup;
   setup.model_layers = config.num_moe_layers();
+  setup.pause = 1e-6 * static_cast<double>(options.pause_us);
   TANDEM_ASSIGN_OR_RETURN(config, Resize(config, 0, layers, experts));
   for (int64_t l = 0; l < layers; ++l) {
     expert::GeneratedLayer layer;
@@ -151,6 +153,8 @@ class Series {
     const model::ModelConfig& c = setup_.generate.config;
     for (int64_t layer = 0; layer < c.num_hidden_layers; ++layer) {
       Route(random_, tokens_, c.num_experts_per_tok, c.n_routed_experts, runner_.ids());
+      for (const Stopwatch pause; pause.Seconds() < setup_.pause;) {
+      }
       TANDEM_ASSIGN_OR_RETURN(const MoeRunner::Result one, runner_.Forward({layer, tokens_}));
       sum.seconds += one.seconds;
       sum.bytes += one.bytes;
