@@ -24,7 +24,6 @@
 #include <type_traits>
 
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
-#include "services/attention_gpu/backend/cuda/int8_form.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
 
@@ -44,7 +43,6 @@ struct FewColumnsPart {
   int32_t shares;
   uint32_t first_block;  // of the grid's y
   bool accumulate;
-  OutputForm form;
 };
 struct FewColumns {
   FewColumnsPart part[kMostParts];
@@ -91,25 +89,6 @@ struct WarpRows {
     if (r >= part.rows) return;
     float* y = part.y + batch * part.y_batch + column * part.y_column + r;
     *y = part.accumulate ? *y + sum : sum;
-  }
-
-  // The int8 form of the block's outputs, by the threads of all warps; sums[tile][row][column], all written.
-  // Eight neighbouring threads have 32 outputs of a column.
-  template <int kWarps, int kColumns>
-  __device__ __forceinline__ void StoreForm(const FewColumns& p, int first_column,
-                                            const float (&sums)[kWarps][kRowTile][kColumns]) const {
-    const OutputForm& f = part.form;
-    const int tiles = kWarps / shares, fours = tiles * (kRowTile / 4);
-    const int column = static_cast<int>(threadIdx.x) / fours, four = static_cast<int>(threadIdx.x) % fours;
-    const int64_t r = (static_cast<int64_t>(blockIdx.y - part.first_block) * tiles) * kRowTile + four * 4;
-    const int64_t number = batch * part.rows + r, head = number / f.stride, at = number % f.stride;
-    if (column >= kColumns || first_column + column >= p.columns || r >= part.rows || at >= f.cols) return;
-    const float(&tile)[kRowTile][kColumns] = sums[four >> 2];
-    const int row = (four & 3) * 4;
-    const int64_t heads = gridDim.z * part.rows / f.stride;
-    QuantizeFour(
-        make_float4(tile[row][column], tile[row + 1][column], tile[row + 2][column], tile[row + 3][column]),
-        (first_column + column) * heads + head, at >> 2, {f.q, f.meta, p.columns * heads, f.cols, heads});
   }
 };
 
@@ -167,37 +146,21 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   } else {
     multiply([](int, int) {}, [](int, int) {});
   }
-  const bool forms = w.part.form.q != nullptr, leads = w.share == 0;
   if (shares > 1) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) parts[w.warp][i][lane] = sum[i];
     __syncthreads();
-    if (!leads && !forms) return;
-    if (leads) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for (int s = 1; s < shares; ++s) sum[i] += parts[w.warp + s][i][lane];
-      }
-    }
-  }
-  if (leads) {
+    if (w.share != 0) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = first_column + 2 * (lane & 3) + (i & 1);
-      if (column < p.columns) w.Store(column, w.rows[i >> 1], sum[i]);
+      for (int s = 1; s < shares; ++s) sum[i] += parts[w.warp + s][i][lane];
     }
   }
-  if (!forms) return;
-  auto& sums = reinterpret_cast<float(&)[kWarps][kRowTile][8]>(parts);  // of the same size
-  __syncthreads();
-  if (leads) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[w.warp / shares][(lane >> 2) + (i & 2) * 4][2 * (lane & 3) + (i & 1)] = sum[i];
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int column = first_column + 2 * (lane & 3) + (i & 1);
+    if (column < p.columns) w.Store(column, w.rows[i >> 1], sum[i]);
   }
-  __syncthreads();
-  w.StoreForm(p, first_column, sums);
 }
 
 // Some units of each warp's rows are on their way, the first ones before the activations are there.
@@ -243,30 +206,14 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   const int r = w.lane & 1;
   const bool goes_on = (w.lane & 2) == 0;
   float total = r == 0 ? sum[0] : sum[1];
-  const bool forms = w.part.form.q != nullptr, leads = w.share == 0;
   if (w.shares > 1) {
     const int place = (w.lane >> 2) * 2 + r;
     if (goes_on) parts[w.warp][place] = total;
     __syncthreads();
-    if (!leads && !forms) return;
-    for (int s = 1; leads && s < w.shares; ++s) total += parts[w.warp + s][place];
+    if (w.share != 0) return;
+    for (int s = 1; s < w.shares; ++s) total += parts[w.warp + s][place];
   }
-  if (leads && goes_on) w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
-  if (!forms) return;
-  __shared__ float sums[kWarps][kRowTile][1];
-  if (leads && goes_on) sums[w.warp / w.shares][(w.lane >> 2) + 8 * r][0] = total;
-  __syncthreads();
-  w.StoreForm(p, 0, sums);
-}
-
-// Warps of a launch that share the rows of a product of so many units. A block that makes a form needs 32
-// rows.
-inline int SharesOf(const ProductParams& p, int units) {
-  const int64_t tiles = (p.w.rows + kRowTile - 1) / kRowTile * p.batches;
-  const int most = p.form.q != nullptr ? kMostShares / 2 : kMostShares;
-  int shares = 1;
-  while (shares < most && tiles * shares * 2 <= kFewWarps && units >= shares * 2) shares *= 2;
-  return shares;
+  if (goes_on) w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
 }
 
 // `count` products, up to kMostParts, of the same activations, cols, row_bytes, columns and batches.
@@ -283,10 +230,11 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
   const int units = Unit::Count(f.cols);
   int warps = 4;
   for (int i = 0; i < count; ++i) {
-    const int shares = SharesOf(p[i], units);
-    f.part[i] = {p[i].w.data, p[i].w.rows, p[i].y,          p[i].y_batch, p[i].y_column,
-                 shares,      0,           p[i].accumulate, p[i].form};
-    warps = std::max(warps, p[i].form.q != nullptr ? 2 * shares : shares);
+    const int64_t tiles = (p[i].w.rows + kRowTile - 1) / kRowTile * p[i].batches;
+    int shares = 1;
+    while (shares < kMostShares && tiles * shares * 2 <= kFewWarps && units >= shares * 2) shares *= 2;
+    f.part[i] = {p[i].w.data, p[i].w.rows, p[i].y, p[i].y_batch, p[i].y_column, shares, 0, p[i].accumulate};
+    warps = std::max(warps, shares);
   }
   uint32_t blocks = 0;
   for (int i = 0; i < count; ++i) {

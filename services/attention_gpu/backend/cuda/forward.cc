@@ -112,7 +112,6 @@ absl::Status Forward::Run(const Activations& a, int64_t columns, std::initialize
     p.y_column = one.y_column;
     p.columns = static_cast<int32_t>(columns);
     p.accumulate = one.accumulate;
-    p.form = one.form;
   }
   if (Small(columns)) return ToStatus(LaunchMatVecs(params.data(), count, stream_), "a product");
   for (int i = 0; i < count; ++i) TANDEM_RETURN_IF_ERROR(Run(params[i]));
@@ -121,8 +120,7 @@ absl::Status Forward::Run(const Activations& a, int64_t columns, std::initialize
 
 // For each head: y[t, h, :] = w[h] x[t, h, :]; the heads' vectors of x are x_head apart, those of y y_head.
 absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                              int64_t y_head, const int8_t* formed, const float2* formed_meta,
-                              const OutputForm& output) {
+                              int64_t y_head, bool formed) {
   const int64_t heads = c_.num_attention_heads;
   Activations a;
   a.x = x;
@@ -130,9 +128,9 @@ absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, 
   a.cols = w.cols;
   const bool small = Small(n);
   const bool form = small ? !IsFloatType(w.type) : w.type != kF32;
-  if (formed != nullptr) {
-    a.q = formed;
-    a.q_meta = formed_meta;
+  if (formed) {
+    a.q = work_.form_q;
+    a.q_meta = work_.form_q_meta;
   } else if (form) {
     TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
   }
@@ -146,17 +144,7 @@ absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, 
   p.y_column = heads * y_head;
   p.columns = static_cast<int32_t>(n);
   p.batches = static_cast<int32_t>(heads);
-  p.form = output;
   return Run(p);
-}
-
-OutputForm Forward::NextForm(const DeviceMatrix& w, int64_t n, const DeviceMatrix& reads, int64_t stride,
-                             int64_t cols) const {
-  ProductParams p;
-  p.w = w;
-  p.columns = static_cast<int32_t>(n);
-  if (IsFloatType(reads.type) || stride % 32 != 0 || cols % 32 != 0 || !MakesForm(p)) return {};
-  return {work_.next_q, work_.next_q_meta, stride, cols};
 }
 
 // x += attention(norm(x))
@@ -168,17 +156,13 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   float* const x = work_.x + piece.first * hidden;
   const StepRows rows = work_.RowsFrom(piece.first);
   TANDEM_ASSIGN_OR_RETURN(Activations a, Norm(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
-  OutputForm absorbing;  // what k_b reads
   if (c_.q_lora_rank > 0) {
     TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_a, work_.q_a, c_.q_lora_rank}, {&w.kv_a, work_.kv, width}}));
     TANDEM_ASSIGN_OR_RETURN(
         a, Norm(work_.q_a, c_.q_lora_rank, nullptr, w.q_a_norm, work_.q_a, n, c_.q_lora_rank));
-    absorbing = NextForm(w.q_b, n, w.k_b, qk, c_.qk_nope_head_dim);
-    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_b, work_.q, heads * qk, false, absorbing}}));
+    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_b, work_.q, heads * qk}}));
   } else {
-    absorbing = NextForm(w.q, n, w.k_b, qk, c_.qk_nope_head_dim);
-    TANDEM_RETURN_IF_ERROR(
-        Run(a, n, {{&w.q, work_.q, heads * qk, false, absorbing}, {&w.kv_a, work_.kv, width}}));
+    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q, work_.q, heads * qk}, {&w.kv_a, work_.kv, width}}));
   }
 
   CacheWriteParams write;
@@ -191,7 +175,7 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   write.n = n;
   write.lora = lora;
   write.rope = rope;
-  TANDEM_RETURN_IF_ERROR(PerHead(w.k_b, n, work_.q, qk, work_.latents, lora, absorbing.q, absorbing.meta));
+  TANDEM_RETURN_IF_ERROR(PerHead(w.k_b, n, work_.q, qk, work_.latents, lora));
   QueryParams query;
   query.rows = rows;
   query.absorbed = work_.latents;
@@ -212,18 +196,11 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
     TANDEM_RETURN_IF_ERROR(Attend(layer, piece, range, formed));
   }
 
+  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim, formed));
   Activations out;
   out.x = work_.attended;
   out.x_stride = out.cols = heads * c_.v_head_dim;
-  const OutputForm attended = NextForm(w.v_b, n, w.output, out.cols, out.cols);
-  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim,
-                                 formed ? work_.form_q : nullptr, work_.form_q_meta, attended));
-  if (attended.q != nullptr) {
-    out.q = attended.q;
-    out.q_meta = attended.meta;
-  } else {
-    TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
-  }
+  TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
   return Run(out, n, {{&w.output, x, hidden, /*accumulate=*/true}});
 }
 

@@ -50,7 +50,6 @@ class Forward {
     float* y;
     int64_t y_column;
     bool accumulate = false;
-    OutputForm form = {};
   };
   static bool Small(int64_t columns) { return columns <= kMaxColumns; }
 
@@ -59,15 +58,9 @@ class Forward {
   absl::Status MakeForm(Activations& a, int64_t rows, bool small, int64_t heads = 1);
   absl::Status Run(const ProductParams& p);
   absl::Status Run(const Activations& a, int64_t columns, std::initializer_list<Product> products);
-  // The next product's activations, made by the product of w with `n` columns that gives them, of every
-  // `stride` of its outputs the first `cols`; none where they cannot be, or `reads`, the next product's
-  // weights, do not want them.
-  OutputForm NextForm(const DeviceMatrix& w, int64_t n, const DeviceMatrix& reads, int64_t stride,
-                      int64_t cols) const;
-  // Where `formed` is not null the int8 form of x is there already.
+  // With `formed` the int8 form of x is there already.
   absl::Status PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                       int64_t y_head, const int8_t* formed, const float2* formed_meta,
-                       const OutputForm& form = {});
+                       int64_t y_head, bool formed = false);
   absl::Status Attention(int64_t layer, const Piece& piece);
   absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range, bool form);
   // expanded_attention.cc

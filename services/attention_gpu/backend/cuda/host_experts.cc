@@ -69,9 +69,10 @@ absl::Status HostExperts::Add(const RoutedCall& call, cudaStream_t stream) {
 // done: the event that Add has waited for came after it on the stream.
 absl::Status HostExperts::Fetch(const RoutedCall& call, const int32_t* ids, const float* weights, float* host,
                                 float* device, cudaStream_t stream) {
-  TANDEM_RETURN_IF_ERROR(group_.Start({static_cast<int32_t>(call.layer), static_cast<int32_t>(call.n),
-                                       static_cast<int32_t>(c_.num_experts_per_tok), ids, weights,
-                                       host_normed_, call.n > kMostExactTokens}));
+  TANDEM_RETURN_IF_ERROR(
+      group_.Start({static_cast<int32_t>(call.layer), static_cast<int32_t>(call.n),
+                    static_cast<int32_t>(c_.num_experts_per_tok), ids, weights, host_normed_,
+                    call.n > kMostExactTokens}));
   TANDEM_RETURN_IF_ERROR(group_.Finish(host));
   return ToStatus(
       cudaMemcpyAsync(device, host, call.n * c_.hidden_size * sizeof(float), cudaMemcpyHostToDevice, stream),

@@ -49,14 +49,6 @@ struct Activations {
 };
 inline int64_t Int8FormRows(int64_t rows, int64_t heads) { return (rows / heads + 7) / 8 * 8 * heads; }
 
-// The int8 form of what a product gives, for the next one. Output r of batch b is number b * w.rows + r of
-// its column; of every `stride` of them the first `cols` are the vector of one head.
-struct OutputForm {
-  int8_t* q = nullptr;  // null: none
-  float2* meta = nullptr;
-  int64_t stride = 0, cols = 0;  // multiples of 32; batches * w.rows of the first
-};
-
 // For each batch b and column j: y[b * y_batch + j * y_column + r] = sum_c w_b[r, c] x_row[c], or += with
 // `accumulate`. Batch b uses the weight rows from b * w.rows on and the activation row b * x_batch + j *
 // x_column.
@@ -73,14 +65,11 @@ struct ProductParams {
   int32_t columns = 0;
   int32_t batches = 1;
   bool accumulate = false;
-  OutputForm form;   // LaunchMatVec, where MakesForm: beside y, as LaunchQuantize would make it of y
   int32_t tile = 0;  // LaunchMatMul: columns of a block, 64, 128 or 256; 0: as is best. The bits are the same
 };
 
 // Up to kMaxColumns columns. F32 weights: any number, beyond kMaxColumns with other bits.
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
-// Whether LaunchMatVec can fill p.form for products of p's weights.
-bool MakesForm(const ProductParams& p);
 // Several of them, with the same bits: in one launch where neighbours have the same activations, type,
 // columns and batches, and their outputs do not overlap.
 cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream);

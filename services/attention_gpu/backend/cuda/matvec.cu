@@ -203,20 +203,12 @@ cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
 
 }  // namespace
 
-bool MakesForm(const ProductParams& p) {
-  return p.columns <= kMaxColumns && !p.accumulate && !OneRowABlock(p) && p.w.rows % 32 == 0;
-}
-
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream) { return LaunchMatVecs(&p, 1, stream); }
 
 cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream) {
   for (int at = 0; at < count;) {
     const ProductParams& first = p[at];
     if (first.columns > kMaxColumns && first.w.type != kF32) return cudaErrorInvalidValue;
-    if (first.form.q != nullptr &&
-        (!MakesForm(first) || first.form.stride % 32 != 0 || first.form.cols % 32 != 0)) {
-      return cudaErrorInvalidValue;
-    }
     int some = 1;
     cudaError_t e = cudaSuccess;
     if (first.columns > 0 && first.w.rows > 0 && first.batches > 0) {

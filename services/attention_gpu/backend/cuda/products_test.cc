@@ -410,59 +410,5 @@ TEST(CudaProducts, TheInt8FormIsTheNearest) {
   }
 }
 
-// What a product makes for the next one is what LaunchQuantize makes of its y.
-TEST(CudaProducts, TheInt8FormOfWhatComesOut) {
-  TANDEM_NEEDS_GPU();
-  struct Shape {
-    int64_t batches, rows, cols, stride, form_cols;
-  };
-  std::mt19937 rng(12);
-  for (const Shape& s :
-       {Shape{1, 960, 256, 192, 128}, Shape{6, 128, 512, 768, 768}, Shape{1, 64, 4096, 64, 64},
-        Shape{1, 40000, 256, 32, 32}, Shape{3, 96, 2048, 96, 64}}) {
-    const int64_t heads = s.batches * s.rows / s.stride;
-    for (TensorType type : {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ8_0, TensorType::kF16}) {
-      const Weights w = RandomBlocks(rng, type, s.batches * s.rows, s.cols);
-      const DeviceWeight device(w.m, s.batches);
-      for (int columns : {1, 3, 8, 17, 64}) {
-        const DeviceActivations a(Gaussian(rng, columns * s.batches * s.cols), columns * s.batches, s.cols,
-                                  s.cols, s.batches);
-        const int64_t values = Int8FormRows(columns * heads, heads) * s.form_cols;
-        const DeviceArray<float> y(columns * s.batches * s.rows);
-        const std::vector<int8_t> no_values(values);
-        const std::vector<float2> no_meta(values / 32);
-        const DeviceArray<int8_t> q(no_values), expected_q(no_values);
-        const DeviceArray<float2> meta(no_meta), expected_meta(no_meta);
-        ProductParams p;
-        p.w = device.matrix();
-        p.x = a.get();
-        p.x_batch = 1;
-        p.x_column = s.batches;
-        p.y = y.get();
-        p.y_batch = s.rows;
-        p.y_column = s.batches * s.rows;
-        p.columns = columns;
-        p.batches = static_cast<int32_t>(s.batches);
-        ASSERT_TRUE(MakesForm(p));
-        p.form = {q.get(), meta.get(), s.stride, s.form_cols};
-        Check(LaunchMatVec(p, nullptr));
-        QuantizeParams again;
-        again.x = y.get();
-        again.x_stride = s.stride;
-        again.rows = columns * heads;
-        again.cols = s.form_cols;
-        again.heads = heads;
-        again.q = expected_q.get();
-        again.q_meta = expected_meta.get();
-        Check(LaunchQuantize(again, nullptr));
-        const std::string what = std::string(gguf::TypeName(type)) + ", " + std::to_string(s.rows) +
-                                 " rows, " + std::to_string(columns) + " columns";
-        EXPECT_TRUE(q.Download() == expected_q.Download()) << what;
-        EXPECT_TRUE(SameBits(&meta.Download()[0].x, &expected_meta.Download()[0].x, values / 16)) << what;
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace tandem::attention::cuda

@@ -46,9 +46,6 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t ca
                                    inner, hidden, c.q_lora_rank});
   device_.Want(&form_q, kMaxColumns * widest);
   device_.Want(&form_q_meta, kMaxColumns * widest / 32);
-  const int64_t next = heads * std::max(c.qk_nope_head_dim, c.v_head_dim);
-  device_.Want(&next_q, kMaxColumns * next);
-  device_.Want(&next_q_meta, kMaxColumns * next / 32);
   form_values_ = std::max(n, kLogitsRows) * widest;
   form_scales_ = std::max(n, kLogitsRows) * heads;
   device_.Want(&form_h, form_values_);

@@ -96,8 +96,6 @@ class Workspace {
   // The forms of activations, for whatever product is next.
   int8_t* form_q = nullptr;
   float2* form_q_meta = nullptr;
-  int8_t* next_q = nullptr;  // what a product makes while it reads the one above
-  float2* next_q_meta = nullptr;
   uint16_t* form_h = nullptr;
   float* form_h_scale = nullptr;
 
