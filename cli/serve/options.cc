@@ -49,9 +49,10 @@ void AddServeFlags(Command& command, ServeOptions* o) {
       .Text("stream-share", &o->stream_share,
             "Of such prompts' experts, those that the CPU computes meanwhile: auto, off or a percentage "
             "(default auto: by what start-up measures)")
-      .Integer("stream-chunk-size", &o->stream_chunk_size, 0, 65536,
-               "Prompt tokens of such a step; 0: 4096, with contexts of more than 8192 tokens up to 16384 "
-               "where the GPU has room (default 0)")
+      .Integer(
+          "stream-chunk-size", &o->stream_chunk_size, 0, 65536,
+          "Prompt tokens of such a step; 0: a context's, at most 16384, where the GPU has room, else less, "
+          "4096 at least (default 0)")
       .Text("arena", &o->arena,
             "Memory of the experts' weights: auto, hugetlb, shared-huge, shared or private (default auto)")
       .Text("expert-groups", &o->expert_groups,

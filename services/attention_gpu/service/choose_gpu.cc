@@ -16,9 +16,11 @@ namespace {
 constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
 constexpr uint64_t kStreamBytesAToken = 140'000;
 constexpr int64_t kFewStreamTokens = 4096;
-// Every pass of a prompt takes all weights over the bus: the fewer the better. So many at most; and in short
-// contexts as few as will do, since there the rest of the memory is better left to others.
-constexpr int32_t kManyStreamTokens = 16384, kShortContext = 8192;
+// Every pass of a prompt takes all weights over the bus: the fewer the better, but so many tokens at most.
+constexpr int32_t kManyStreamTokens = 16384;
+// Contexts up to this pass at once, with so much memory: the whole of R1 takes less than 13 GB then.
+constexpr int32_t kShortContext = 8192;
+constexpr uint64_t kTightStreamBytes = 512'000'000;
 
 }  // namespace
 
@@ -75,23 +77,29 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
 }
 
 std::vector<StreamStep> StreamSteps(const Options& o, int32_t context) {
-  std::vector<int64_t> sizes = {o.stream_chunk_size};
-  if (o.stream_chunk_size == 0) {
-    sizes = {kFewStreamTokens};
-    if (context > kShortContext)
-      sizes = {std::min(context, kManyStreamTokens), kShortContext, kFewStreamTokens};
-  }
   std::vector<StreamStep> out;
-  for (const int64_t size : sizes) {
-    // No step has more than a context, unless many sequences share it.
-    StreamStep step;
-    step.tokens = static_cast<int32_t>(std::min(size, int64_t{context} * o.max_batch_size));
-    step.buffer_bytes = StreamBufferBytes(o.stream_buffer_mb, step.tokens);
-    out.push_back(step);
-    if (o.stream_buffer_mb > 0 || step.buffer_bytes <= kLeastStreamBytes) continue;
-    step.buffer_bytes = kLeastStreamBytes;
-    out.push_back(step);
+  // No step has more than a context, unless many sequences share it.
+  const int64_t most = int64_t{context} * o.max_batch_size;
+  const auto add = [&](int64_t tokens, uint64_t bytes) {
+    const StreamStep step{static_cast<int32_t>(std::min(tokens, most)),
+                          o.stream_buffer_mb > 0 ? StreamBufferBytes(o.stream_buffer_mb, tokens) : bytes};
+    if (out.empty() || out.back() != step) out.push_back(step);
+  };
+  const auto add_both = [&](int64_t tokens) {
+    add(tokens, StreamBufferBytes(0, std::min(tokens, most)));
+    add(tokens, kLeastStreamBytes);
+  };
+  if (o.stream_chunk_size > 0) {
+    add_both(o.stream_chunk_size);
+    return out;
   }
+  if (context > kShortContext) {
+    add_both(std::min(context, kManyStreamTokens));
+    add_both(kShortContext);
+  } else if (context > kFewStreamTokens) {
+    add(context, kTightStreamBytes);
+  }
+  add(kFewStreamTokens, kLeastStreamBytes);
   return out;
 }
 

@@ -48,11 +48,19 @@ TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{512, 640'000'000}}));
 }
 
-TEST(StreamSteps, LargerOnesForLongContexts) {
-  const Options o;
-  EXPECT_EQ(Tokens(StreamSteps(o, 8192)), std::vector<int32_t>({4096}));
-  EXPECT_EQ(Tokens(StreamSteps(o, 10000)), std::vector<int32_t>({10000, 10000, 8192, 8192, 4096}));
-  EXPECT_EQ(Tokens(StreamSteps(o, 131072)), std::vector<int32_t>({16384, 16384, 8192, 8192, 4096}));
+TEST(StreamSteps, ByTheContext) {
+  Options o;
+  const StreamStep least{4096, 640'000'000};
+  EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least}));
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 512'000'000}, least}));
+  const StreamStep some{8192, 1'146'880'000}, tight{8192, 640'000'000};
+  EXPECT_EQ(StreamSteps(o, 10000),
+            (std::vector<StreamStep>{{10000, 1'400'000'000}, {10000, 640'000'000}, some, tight, least}));
+  const std::vector<StreamStep> most{{16384, 2'293'760'000}, {16384, 640'000'000}, some, tight, least};
+  EXPECT_EQ(StreamSteps(o, 16384), most);
+  EXPECT_EQ(StreamSteps(o, 131072), most);
+  o.stream_buffer_mb = 1000;
+  EXPECT_EQ(Tokens(StreamSteps(o, 131072)), std::vector<int32_t>({16384, 8192, 4096}));
 }
 
 TEST(StreamSteps, NoLargerThanAllSequencesTogether) {

@@ -76,8 +76,8 @@ ParsedOptions ParseOptions(int argc, char** argv) {
       ->capture_default_str();
   app.add_option(
          "--stream-chunk-size", o.stream_chunk_size,
-         "prompt tokens of a step that streams; 0: 4096, with contexts of more than 8192 tokens up to 16384 "
-         "where the GPU has room")
+         "prompt tokens of a step that streams; 0: a context's, at most 16384, where the GPU has room, else "
+         "less, 4096 at least")
       ->check(CLI::Range(0, 65536))
       ->capture_default_str();
   app.add_option(

@@ -59,11 +59,10 @@ __device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
   return deferred == (p.part == AskPart::kDeferred);
 }
 
-// What comes behind it begins when the routing is done: its first weights would stand in the way of what the
-// routing reads (seen: 2 to 4 us), and nobody waits for what is computed beside the experts.
+// What comes behind it begins only with its end: its first weights would stand in the way of what the routing
+// reads, and nobody waits for what is computed beside the experts.
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   AwaitEarlier();
-  LetNextBegin();
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
