@@ -352,7 +352,7 @@ void AddPlanFlags(Command& command, PlanOptions* o) {
       .Integer("chunk-size", &o->prefill.chunk, 1, 1 << 20,
                "Prompt tokens of a step, experts on the CPU (256)")
       .Integer("stream-tokens", &o->prefill.stream_chunk, 1, 1 << 20,
-               "Prompt tokens of a pass, experts streamed (4096)")
+               "Prompt tokens of a pass, experts streamed (16384)")
       .Switch(
           "stream-share", &o->prefill.share,
           "--no-stream-share: a pass's experts all come to the GPU, none is computed by the CPU meanwhile")

@@ -74,9 +74,9 @@ struct PrefillPoint {
   Bound stream_bound = Bound::kPcie;
 };
 struct PrefillOptions {
-  int64_t chunk = 256;          // tokens of a step, experts on the CPU
-  int64_t stream_chunk = 4096;  // tokens of a pass, experts streamed
-  bool share = true;            // some experts of a pass are computed by the CPU
+  int64_t chunk = 256;           // tokens of a step, experts on the CPU
+  int64_t stream_chunk = 16384;  // tokens of a pass, experts streamed: as many as the engine takes at most
+  bool share = true;             // some experts of a pass are computed by the CPU
 };
 PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& machine,
                             const PrefillOptions& options, int64_t tokens);

@@ -14,7 +14,7 @@ namespace {
 // for 4096 tokens, for more of them so much for each. More than the most is of no use: then the GPU's own
 // work takes longer than the copies.
 constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
-constexpr uint64_t kStreamBytesAToken = 140'000;
+constexpr uint64_t kStreamBytesAToken = 125'000;
 constexpr int64_t kFewStreamTokens = 4096;
 // Every pass of a prompt takes all weights over the bus: the fewer the better, but so many tokens at most.
 constexpr int32_t kManyStreamTokens = 16384;

@@ -40,7 +40,7 @@ std::vector<int32_t> Tokens(const std::vector<StreamStep>& steps) {
 TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
   Options o;
   o.stream_chunk_size = 6000;
-  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 840'000'000}, {6000, 640'000'000}}));
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 750'000'000}, {6000, 640'000'000}}));
   o.stream_buffer_mb = 900;
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 900'000'000}}));
   o.stream_chunk_size = 512;
@@ -53,10 +53,10 @@ TEST(StreamSteps, ByTheContext) {
   const StreamStep least{4096, 640'000'000};
   EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least}));
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 512'000'000}, least}));
-  const StreamStep some{8192, 1'146'880'000}, tight{8192, 640'000'000};
+  const StreamStep some{8192, 1'024'000'000}, tight{8192, 640'000'000};
   EXPECT_EQ(StreamSteps(o, 10000),
-            (std::vector<StreamStep>{{10000, 1'400'000'000}, {10000, 640'000'000}, some, tight, least}));
-  const std::vector<StreamStep> most{{16384, 2'293'760'000}, {16384, 640'000'000}, some, tight, least};
+            (std::vector<StreamStep>{{10000, 1'250'000'000}, {10000, 640'000'000}, some, tight, least}));
+  const std::vector<StreamStep> most{{16384, 2'048'000'000}, {16384, 640'000'000}, some, tight, least};
   EXPECT_EQ(StreamSteps(o, 16384), most);
   EXPECT_EQ(StreamSteps(o, 131072), most);
   o.stream_buffer_mb = 1000;
@@ -73,7 +73,7 @@ TEST(StreamBufferBytes, AsAskedForOrByTheStep) {
   EXPECT_EQ(StreamBufferBytes(5, 4096), 5'000'000u);
   EXPECT_EQ(StreamBufferBytes(0, 512), 640'000'000u);
   EXPECT_EQ(StreamBufferBytes(0, 4096), 640'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 16384), 2'293'760'000u);
+  EXPECT_EQ(StreamBufferBytes(0, 16384), 2'048'000'000u);
   EXPECT_EQ(StreamBufferBytes(0, 1 << 20), 6'144'000'000u);
 }
 
