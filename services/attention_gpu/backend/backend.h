@@ -71,6 +71,11 @@ class Backend {
   virtual int32_t long_prompt_tokens_alone() const { return long_prompt_tokens(); }
   // Of such a large step, at most; it is of prompts alone.
   virtual int32_t max_long_tokens() const { return max_step_tokens(); }
+  // Likewise where the first prompt in it has so many tokens left: fewer may be faster. `beside`: others
+  // decode meanwhile.
+  virtual int32_t long_step_tokens(int64_t /*prompt_tokens*/, bool /*beside*/) const {
+    return max_long_tokens();
+  }
 
   // Runs the batch: writes the tokens' cache entries and fills `result`. On error nothing that an earlier
   // step wrote is changed, and the same step may be asked for again: positions already written are written

@@ -128,6 +128,30 @@ double SharedCallSeconds(const ShareCosts& c, const ShareShape& shape, int64_t t
          met * CallExpertSeconds(c, n * static_cast<double>(shape.experts_per_token) / met);
 }
 
+double StreamedLayerSeconds(const ShareCosts& c, const ShareShape& shape, int64_t tokens) {
+  const int64_t used = Met(shape, tokens);
+  if (tokens > shape.most_tokens) {
+    return SharedLayerSeconds(c, tokens, used, std::min(used, shape.ahead), 0);
+  }
+  const std::vector<int32_t> counts = Even(used, tokens * shape.experts_per_token);
+  std::vector<bool> ahead(counts.size());
+  std::fill_n(ahead.begin(), std::min(used, shape.ahead), true);
+  const std::vector<bool> shared = ChooseShared(c, tokens, counts, ahead);
+  const int64_t given = std::count(shared.begin(), shared.end(), true);
+  return SharedLayerSeconds(c, tokens, used - given, std::min(used, shape.ahead),
+                            CallExpertsSeconds(c, counts, shared));
+}
+
+int64_t ShareStepTokens(const ShareCosts& c, const ShareShape& shape, int64_t tokens, int64_t most) {
+  if (tokens <= shape.most_tokens) return shape.most_tokens;
+  const int64_t whole = std::min(tokens, most);
+  double pieces = 0;
+  for (int64_t at = 0; at < whole; at += shape.most_tokens) {
+    pieces += StreamedLayerSeconds(c, shape, std::min(shape.most_tokens, whole - at));
+  }
+  return pieces < StreamedLayerSeconds(c, shape, whole) ? shape.most_tokens : whole;
+}
+
 int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
   for (int64_t n = kMostExactTokens + 1; n <= shape.most_tokens; ++n) {
     double calls = 0;
@@ -135,15 +159,7 @@ int64_t ShareBreakEven(const ShareCosts& c, const ShareShape& shape) {
       const int64_t now = std::min(shape.call_tokens, n - at);
       calls += RestSeconds(c, now) + c.alone * SharedCallSeconds(c, shape, now);
     }
-    const int64_t used = Met(shape, n);
-    const std::vector<int32_t> counts = Even(used, n * shape.experts_per_token);
-    std::vector<bool> ahead(counts.size());
-    std::fill_n(ahead.begin(), std::min(used, shape.ahead), true);
-    const std::vector<bool> shared = ChooseShared(c, n, counts, ahead);
-    const int64_t given = std::count(shared.begin(), shared.end(), true);
-    const double seconds = SharedLayerSeconds(c, n, used - given, std::min(used, shape.ahead),
-                                              CallExpertsSeconds(c, counts, shared));
-    if (seconds <= calls) return n;
+    if (StreamedLayerSeconds(c, shape, n) <= calls) return n;
   }
   return std::numeric_limits<int64_t>::max();
 }

@@ -73,6 +73,12 @@ struct ShareShape {
 };
 // Seconds of a call of so many tokens with experts chosen evenly, beside copies.
 double SharedCallSeconds(const ShareCosts& costs, const ShareShape& shape, int64_t tokens);
+// Seconds of a layer of a streamed step of so many tokens, experts chosen evenly; nothing of one with more
+// than shape.most_tokens is shared.
+double StreamedLayerSeconds(const ShareCosts& costs, const ShareShape& shape, int64_t tokens);
+// Of a prompt's `tokens`, how many its next step is to have at most, of up to `most`: shape.most_tokens where
+// it needs no more, or where several shared steps are faster than one that is too large to be shared.
+int64_t ShareStepTokens(const ShareCosts& costs, const ShareShape& shape, int64_t tokens, int64_t most);
 // From how many tokens on a layer is faster shared than by calls alone, experts chosen evenly; max() of the
 // type: never. Not below kMostExactTokens + 1 tokens, up to which products are exact.
 int64_t ShareBreakEven(const ShareCosts& costs, const ShareShape& shape);

@@ -133,6 +133,27 @@ TEST(ChoosePercentTest, OfThoseWithTokens) {
   EXPECT_THAT(ChoosePercent(100, counts, ahead), ElementsAre(true, false, true, true, true));
 }
 
+TEST(ShareStepTokensTest, OneStepOrSeveralWhicheverIsFaster) {
+  ShareCosts c = Costs();
+  ShareShape shape;
+  shape.experts = 256;
+  shape.experts_per_token = 8;
+  shape.ahead = 20;
+  shape.most_tokens = 4096;
+  constexpr int64_t kMost = 16384;
+  for (int64_t few : {1, 100, 4096}) EXPECT_EQ(ShareStepTokens(c, shape, few, kMost), 4096) << few;
+  EXPECT_EQ(ShareStepTokens(c, shape, 4097, kMost), 4096) << "one token more costs little behind it";
+  for (int64_t many : {6000, 8192, 12000}) EXPECT_EQ(ShareStepTokens(c, shape, many, kMost), many);
+  EXPECT_EQ(ShareStepTokens(c, shape, 50000, kMost), kMost);
+  // A slower bus, faster processes: a whole pass for what is little more than a shared one is too much.
+  c.stream_expert = 1.06e-3;
+  c.call_experts = {{4, 0.2e-3}, {16, 0.25e-3}, {128, 1.2e-3}};
+  EXPECT_LT(StreamedLayerSeconds(c, shape, 4096) + StreamedLayerSeconds(c, shape, 104),
+            StreamedLayerSeconds(c, shape, 4200));
+  EXPECT_EQ(ShareStepTokens(c, shape, 4200, kMost), 4096);
+  EXPECT_EQ(ShareStepTokens(c, shape, 8192, kMost), 8192);
+}
+
 TEST(ShareBreakEvenTest, FromFewerTokensOnThanCopiesAlone) {
   ShareCosts c = Costs();
   c.call_experts = {{4, 0.35e-3}, {16, 0.35e-3}, {128, 2e-3}};

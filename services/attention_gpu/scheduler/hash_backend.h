@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -132,8 +133,12 @@ class HashBackend : public Backend {
   int32_t max_step_tokens() const override { return most_tokens; }
   int32_t max_long_tokens() const override { return kHashStepTokens; }
   int32_t long_prompt_tokens() const override { return long_prompt; }
+  int32_t long_step_tokens(int64_t prompt_tokens, bool others_decode) const override {
+    return long_step ? long_step(prompt_tokens, others_decode) : max_long_tokens();
+  }
   int32_t most_tokens = kHashStepTokens;  // of a step that is not of long prompts
   int32_t long_prompt = 0;
+  std::function<int32_t(int64_t prompt_tokens, bool others_decode)> long_step;
   bool beside = false;  // long steps are made beside others
 
   absl::Status Step(const StepBatch& batch, StepResult* result) override {

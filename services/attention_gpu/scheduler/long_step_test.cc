@@ -1,4 +1,5 @@
 // Long steps beside the others': the scheduler over a backend that can make them.
+#include <functional>
 #include <random>
 #include <thread>
 
@@ -34,6 +35,7 @@ class LongStep : public testing::Test {
     auto backend = std::make_unique<HashBackend>(pages, script_);
     backend->long_prompt = kLong;
     backend->beside = true;
+    backend->long_step = long_step_;
     auto s = Scheduler::Create(o, std::move(backend));
     ASSERT_TRUE(s.ok()) << s.status();
     scheduler_ = std::move(*s);
@@ -66,6 +68,7 @@ class LongStep : public testing::Test {
   }
 
   HashScript script_;
+  std::function<int32_t(int64_t, bool)> long_step_;
   std::unique_ptr<Scheduler> scheduler_;
 };
 
@@ -106,6 +109,30 @@ TEST_F(LongStep, AloneAndInSeveralSteps) {
   rest.Wait();
   EXPECT_EQ(rest.tokens(), HashAnswer(Prompt(kHashStepTokens + 10, 2), 10));
   EXPECT_EQ(script_.long_tokens(), 3 * kHashStepTokens + 50);
+  ExpectAllFree();
+}
+
+TEST_F(LongStep, AsLargeAsTheBackendWantsItForTheFirstPrompt) {
+  std::vector<std::pair<int64_t, bool>> asked;
+  long_step_ = [&asked](int64_t prompt, bool others_decode) {
+    asked.emplace_back(prompt, others_decode);
+    return others_decode ? kHashStepTokens : 50;
+  };
+  Start();
+  script_.SetLong(3);
+  Sink alone;
+  Submit(alone, 150, 1, 10);
+  alone.Wait();
+  EXPECT_EQ(alone.tokens(), HashAnswer(Prompt(150, 1), 10));
+  EXPECT_EQ(script_.long_steps(), 3);
+  EXPECT_EQ(asked, (std::vector<std::pair<int64_t, bool>>{{150, false}, {100, false}, {50, false}}));
+  Sink stream, prompt;
+  SubmitBoth(stream, prompt);
+  script_.Go();
+  prompt.Wait();
+  EXPECT_EQ(script_.long_steps(), 4) << "60 tokens at once";
+  EXPECT_EQ(asked.back(), std::make_pair(int64_t{60}, true));
+  stream.Wait();
   ExpectAllFree();
 }
 

@@ -63,7 +63,7 @@ Plan Planner::NextLong() {
   for (auto& s : running_) Adopt(*s);
   if (!LongPrompts()) return plan;
   std::vector<int32_t> counts(running_.size(), 0);
-  ShareOut(backend_.max_long_tokens(), counts);
+  ShareOut(LongBudget(), counts);
   ReserveAll(counts);
   int32_t tokens = 0;
   for (size_t i = 0; i < running_.size(); ++i) tokens += counts[i];
@@ -229,6 +229,17 @@ int32_t Planner::LeastLong() const {
     if (s->decoding()) return backend_.long_prompt_tokens();
   }
   return backend_.long_prompt_tokens_alone();
+}
+
+// Of a large step, by the prompt that is its turn.
+int32_t Planner::LongBudget() const {
+  bool decodes = false;
+  const Sequence* first = nullptr;
+  for (const auto& s : running_) {
+    decodes |= s->decoding();
+    if (first == nullptr && WantsPrompt(*s)) first = s.get();
+  }
+  return first != nullptr ? backend_.long_step_tokens(first->remaining(), decodes) : 0;
 }
 
 // What prompts there are to compute is worth a large step.

@@ -68,6 +68,7 @@ class Planner {
   double Urgency() const;
   int32_t LeastLong() const;
   bool LongPrompts() const;
+  int32_t LongBudget() const;
   bool WantsPrompt(const Sequence& s) const { return !s.decoding() && !s.apart && !WaitsForNeighbour(s); }
   void Computed(const Plan& plan);
   void ShareOut(int32_t budget, std::vector<int32_t>& counts) const;

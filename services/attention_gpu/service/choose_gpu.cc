@@ -18,7 +18,7 @@ constexpr uint64_t kStreamBytesAToken = 125'000;
 constexpr int64_t kFewStreamTokens = 4096;
 // Every pass of a prompt takes all weights over the bus: the fewer the better, but so many tokens at most.
 constexpr int32_t kManyStreamTokens = 16384;
-// Contexts up to this pass at once, with so much memory: the whole of R1 takes less than 13 GB then.
+// Contexts up to this pass at once, with so little memory that the whole of R1 takes less than 13 GB.
 constexpr int32_t kShortContext = 8192;
 constexpr uint64_t kTightStreamBytes = 512'000'000;
 
@@ -56,8 +56,6 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
     plan = PlanCuda(file, c, wanted);
     if (!absl::IsResourceExhausted(plan.status())) break;
   }
-  wanted.page_count = least_pages;
-  if (plan.ok()) plan = PlanCuda(file, c, wanted);
   if (absl::IsResourceExhausted(plan.status()) && wanted.stream_prefill.mode == StreamPrefill::Mode::kAuto) {
     wanted.stream_prefill.mode = StreamPrefill::Mode::kOff;
     plan = PlanCuda(file, c, wanted);
@@ -69,6 +67,10 @@ absl::StatusOr<std::optional<CudaBackendOptions>> ChooseGpu(const Options& o, co
   }
   if (plan.ok()) {
     spdlog::info("GPU {}: {}", wanted.device, plan->ToString());
+    if (plan->stream > 0) {
+      spdlog::info("streamed steps have up to {} tokens, {} MB of weights on their way",
+                   wanted.stream_step_tokens, wanted.stream_buffer_bytes / 1'000'000);
+    }
     return wanted;
   }
   if (!automatic) return Annotate(plan.status(), absl::StrCat("--gpu ", o.gpu));
@@ -100,6 +102,7 @@ std::vector<StreamStep> StreamSteps(const Options& o, int32_t context) {
     add(context, kTightStreamBytes);
   }
   add(kFewStreamTokens, kLeastStreamBytes);
+  add(kFewStreamTokens, kTightStreamBytes);
   return out;
 }
 

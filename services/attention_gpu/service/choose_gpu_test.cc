@@ -50,13 +50,14 @@ TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
 
 TEST(StreamSteps, ByTheContext) {
   Options o;
-  const StreamStep least{4096, 640'000'000};
-  EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least}));
-  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 512'000'000}, least}));
+  const StreamStep least{4096, 640'000'000}, last{4096, 512'000'000};
+  EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least, last}));
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 512'000'000}, least, last}));
   const StreamStep some{8192, 1'024'000'000}, tight{8192, 640'000'000};
-  EXPECT_EQ(StreamSteps(o, 10000),
-            (std::vector<StreamStep>{{10000, 1'250'000'000}, {10000, 640'000'000}, some, tight, least}));
-  const std::vector<StreamStep> most{{16384, 2'048'000'000}, {16384, 640'000'000}, some, tight, least};
+  EXPECT_EQ(
+      StreamSteps(o, 10000),
+      (std::vector<StreamStep>{{10000, 1'250'000'000}, {10000, 640'000'000}, some, tight, least, last}));
+  const std::vector<StreamStep> most{{16384, 2'048'000'000}, {16384, 640'000'000}, some, tight, least, last};
   EXPECT_EQ(StreamSteps(o, 16384), most);
   EXPECT_EQ(StreamSteps(o, 131072), most);
   o.stream_buffer_mb = 1000;
@@ -66,7 +67,7 @@ TEST(StreamSteps, ByTheContext) {
 TEST(StreamSteps, NoLargerThanAllSequencesTogether) {
   Options o;
   o.max_batch_size = 3;
-  EXPECT_EQ(Tokens(StreamSteps(o, 1000)), std::vector<int32_t>({3000}));
+  EXPECT_EQ(Tokens(StreamSteps(o, 1000)), std::vector<int32_t>({3000, 3000}));
 }
 
 TEST(StreamBufferBytes, AsAskedForOrByTheStep) {

@@ -179,13 +179,9 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   on_gpu.bell = o.gpu_bell;
   on_gpu.int8_cache = o.kv_cache_type == "int8";
   on_gpu.defer_experts = o.defer_experts;
-  TANDEM_ASSIGN_OR_RETURN(const std::optional<CudaBackendOptions> gpu,
+  TANDEM_ASSIGN_OR_RETURN(std::optional<CudaBackendOptions> gpu,
                           ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
-  const int32_t pages = gpu ? gpu->page_count : sizes.pages;
-  const HostNeeds needs = HostNeedsOf(*out.file, c, gpu ? 0 : pages);
-  spdlog::info("KV cache: {} tokens in pages of {}, {}; context {} tokens", int64_t{pages} * kPageTokens,
-               kPageTokens, gpu ? "on the GPU" : absl::StrFormat("%.1f MB", Gigabytes(needs.cache) * 1e3),
-               sizes.context);
+  const HostNeeds needs = HostNeedsOf(*out.file, c, gpu ? 0 : sizes.pages);
   if (o.memory_check) TANDEM_RETURN_IF_ERROR(CheckMemory(*out.file, needs, o.kv_host_gb));
 
   const bool reference = o.precision == "reference";
@@ -219,7 +215,20 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                          });
     TANDEM_ASSIGN_OR_RETURN(experts, ConnectExperts(g, c, out.file->Fingerprint()));
     out.info.expert_processes = experts->processes();
+    if (gpu && gpu->stream_prefill.mode == StreamPrefill::Mode::kAuto) {
+      // Where the weights cannot be had, what streaming would take is the KV cache's.
+      const absl::Status mapped = experts->MapWeights().status();
+      if (absl::IsFailedPrecondition(mapped) || absl::IsUnimplemented(mapped)) {
+        spdlog::info("prompts are not streamed: {}", std::string(mapped.message()));
+        on_gpu.stream_prefill.mode = StreamPrefill::Mode::kOff;
+        TANDEM_ASSIGN_OR_RETURN(gpu, ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
+      }
+    }
   }
+  const int32_t pages = gpu ? gpu->page_count : sizes.pages;
+  spdlog::info("KV cache: {} tokens in pages of {}, {}; context {} tokens", int64_t{pages} * kPageTokens,
+               kPageTokens, gpu ? "on the GPU" : absl::StrFormat("%.1f MB", Gigabytes(needs.cache) * 1e3),
+               sizes.context);
 
   service.SetProgress("preparing the weights");
   std::unique_ptr<Backend> backend;

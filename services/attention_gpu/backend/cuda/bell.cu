@@ -2,8 +2,9 @@
 //
 // Order. A block's writes to host memory, then a fence of system scope, then the count of blocks that are
 // done; the last block raises the bells with release (which is a fence of its own). Where a stream operation
-// raises them, the kernel's end orders the writes before it. The waiting side reads the flag with acquire;
-// the answer itself is read past the caches, since the GPU's do not see what the host writes.
+// raises them, the kernel's end orders the writes before it. The waiting side is one thread, which reads the
+// flag and then fences (acquire, of system scope), and tells the other blocks with release; those read that
+// and fence. The answer itself is read past the caches, since the GPU's do not see what the host writes.
 #include <cuda_bf16.h>
 
 #include "services/attention_gpu/backend/cuda/bell_kernels.h"
@@ -165,7 +166,7 @@ __device__ bool AllAnswered(const AnswerParams& p) {
   for (;;) {
     const uint64_t seen = RelaxedOnDevice(p.seen);
     if ((seen ^ call) <= 1) {
-      __threadfence();  // as above
+      __threadfence();  // with the look that saw it: acquire
       return (seen & 1) != 0;
     }
     __nanosleep(kPause);

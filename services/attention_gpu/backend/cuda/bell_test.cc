@@ -325,16 +325,16 @@ TEST_P(BellTest, AnErrorOfTheHostIsToldAndTheNextRunWorks) {
   const auto bell = Open(peers);
   ASSERT_NE(bell, nullptr);
   ASSERT_TRUE(bell->Begin(2, stream_).ok());
-  ASSERT_TRUE(bell->Ask(Call(0, 1, 99), stream_).ok());
-  ASSERT_TRUE(bell->Add(Call(0, 1, 99), stream_).ok());
-  ASSERT_TRUE(bell->Ask(Call(1, 1, 99), stream_).ok());
-  ASSERT_TRUE(bell->Add(Call(1, 1, 99), stream_).ok());
+  ASSERT_TRUE(bell->Ask(Call(0, kMostRows, 99), stream_).ok());
+  ASSERT_TRUE(bell->Add(Call(0, kMostRows, 99), stream_).ok());
+  ASSERT_TRUE(bell->Ask(Call(1, kMostRows, 99), stream_).ok());
+  ASSERT_TRUE(bell->Add(Call(1, kMostRows, 99), stream_).ok());
   ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
   const absl::Status told = bell->Finish(true, absl::OkStatus());
   EXPECT_THAT(std::string(told.message()), ::testing::HasSubstr("99")) << told;
   Clear();
-  ASSERT_TRUE(Run(*bell, 3, 2).ok());
-  CheckSums(3, 2, 1);
+  ASSERT_TRUE(Run(*bell, 3, kMostRows).ok());
+  CheckSums(3, kMostRows, 1);
 }
 
 // The process dies in the middle of a run: its lease says so, the GPU comes to its end, and another session
@@ -343,7 +343,7 @@ TEST_P(BellTest, ADeadProcessFreesTheGpu) {
   Peers peers(2, kShape, AnswerAll);
   const auto bell = Open(peers);
   ASSERT_NE(bell, nullptr);
-  const auto graph = StepGraph::Capture(stream_, bell.get(), [&] { return Put(*bell, 30, 2); });
+  const auto graph = StepGraph::Capture(stream_, bell.get(), [&] { return Put(*bell, 30, kMostRows); });
   ASSERT_TRUE(graph.ok()) << graph.status();
   peers[1].stop_after = 12;
   std::thread lease([&] {
@@ -351,14 +351,14 @@ TEST_P(BellTest, ADeadProcessFreesTheGpu) {
     absl::SleepFor(absl::Milliseconds(20));
     peers[1].client().Abort(absl::UnavailableError("the process is gone"));
   });
-  const absl::Status s = Run(*bell, 30, 2, graph->get());
+  const absl::Status s = Run(*bell, 30, kMostRows, graph->get());
   lease.join();
   EXPECT_EQ(s, absl::UnavailableError("the process is gone"));
   Peers others(2, kShape, AnswerAll, false, 70);
   ASSERT_TRUE(bell->Attach(&others).ok());
   Clear();
-  ASSERT_TRUE(Run(*bell, 30, 2, graph->get()).ok());
-  CheckSums(30, 2, 2);
+  ASSERT_TRUE(Run(*bell, 30, kMostRows, graph->get()).ok());
+  CheckSums(30, kMostRows, 2);
   bell->Detach();
 }
 
@@ -367,7 +367,7 @@ TEST_P(BellTest, TheWatchdogEndsAWaitForASilentProcess) {
   peers.timeout = absl::Milliseconds(200);
   const auto bell = Open(peers);
   ASSERT_NE(bell, nullptr);
-  const absl::Status s = Run(*bell, 4, 1);
+  const absl::Status s = Run(*bell, 4, kMostRows);
   EXPECT_EQ(s.code(), absl::StatusCode::kDeadlineExceeded) << s;
 }
 

@@ -159,6 +159,10 @@ class CudaBackend : public Backend {
   int32_t page_count() const override { return options_.page_count; }
   int32_t max_step_tokens() const override { return options_.max_step_tokens; }
   int32_t max_long_tokens() const override { return StepTokens(c_, options_); }
+  int32_t long_step_tokens(int64_t prompt_tokens, bool beside) const override {
+    return streamed_ != nullptr ? static_cast<int32_t>(streamed_->step_tokens(prompt_tokens, beside))
+                                : max_long_tokens();
+  }
   int32_t long_prompt_tokens() const override { return LongPromptTokens(/*beside=*/true); }
   int32_t long_prompt_tokens_alone() const override { return LongPromptTokens(/*beside=*/false); }
 

@@ -173,6 +173,10 @@ int main(int argc, char** argv) {
   app.add_option("--expert-us", flags.expert_us, "so long the experts take; 0: they answer at once");
   app.add_option("--defer-experts", flags.defer_experts, "of a token, as tandem-attention");
   CLI11_PARSE(app, argc, argv);
+  if (flags.expert_us > 0 && flags.defer_experts > 0) {
+    std::fprintf(stderr, "--expert-us: what deferred calls hide cannot be subtracted\n");
+    return 2;
+  }
   const absl::Status status = tandem::attention::Measure(flags);
   if (!status.ok()) std::fprintf(stderr, "cuda_step_benchmark: %s\n", std::string(status.message()).c_str());
   return status.ok() ? 0 : 1;

@@ -84,6 +84,11 @@ absl::Status StreamedPrefill::Measure() {
     from_alone_ = from_beside_ = BreakEvenTokens(layer, call, options_.call_tokens);
   }
   if (!share) return absl::OkStatus();
+  shape_.experts = c_.n_routed_experts;
+  shape_.experts_per_token = c_.num_experts_per_tok;
+  shape_.ahead = experts_->experts_ahead();
+  shape_.call_tokens = options_.call_tokens;
+  shape_.most_tokens = std::min(options_.stream.max_tokens, experts_->shared_calls()->max_tokens());
   const absl::Status shared = MeasureShare(rate);
   trial_.reset();
   if (!shared.ok()) {
@@ -92,14 +97,8 @@ absl::Status StreamedPrefill::Measure() {
     return absl::OkStatus();
   }
   if (automatic) {
-    ShareShape shape;
-    shape.experts = c_.n_routed_experts;
-    shape.experts_per_token = c_.num_experts_per_tok;
-    shape.ahead = experts_->experts_ahead();
-    shape.call_tokens = options_.call_tokens;
-    shape.most_tokens = std::min(options_.stream.max_tokens, experts_->shared_calls()->max_tokens());
-    costs_->alone = std::min(call / SharedCallSeconds(*costs_, shape, shape.call_tokens), 1.0);
-    from_alone_ = std::min(from_alone_, ShareBreakEven(*costs_, shape));
+    costs_->alone = std::min(call / SharedCallSeconds(*costs_, shape_, shape_.call_tokens), 1.0);
+    from_alone_ = std::min(from_alone_, ShareBreakEven(*costs_, shape_));
   }
   return absl::OkStatus();
 }
@@ -236,6 +235,12 @@ absl::Status StreamedPrefill::MeasureShare(double rate) {
 int64_t StreamedPrefill::from_tokens(bool beside) const {
   const int64_t from = beside ? from_beside_ : from_alone_;
   return experts_ != nullptr && from <= options_.stream.max_tokens ? from : 0;
+}
+
+int64_t StreamedPrefill::step_tokens(int64_t prompt_tokens, bool beside) const {
+  const int64_t most = options_.stream.max_tokens;
+  if (experts_ == nullptr || experts_->shared_calls() == nullptr || !costs_ || beside) return most;
+  return ShareStepTokens(*costs_, shape_, prompt_tokens, most);
 }
 
 // Whether no other step has run since the layer before.

@@ -57,6 +57,8 @@ class StreamedPrefill {
 
   // Steps of so many tokens are better streamed, while others decode beside it or not; 0: none.
   int64_t from_tokens(bool beside) const;
+  // A step's tokens at most, where its first prompt has so many left.
+  int64_t step_tokens(int64_t prompt_tokens, bool beside) const;
   // For a step: its first experts begin to come. Null where there is no streaming.
   absl::StatusOr<RoutedExperts*> Begin();
   // When its layers are done, however they went. Unavailable: a process was lost that had a part in it.
@@ -93,6 +95,7 @@ class StreamedPrefill {
   bool measured_ = false;
   int64_t from_alone_ = 0, from_beside_ = 0;  // once measured_
   std::optional<ShareCosts> costs_;           // none: not known
+  ShareShape shape_;                          // with costs_
   std::optional<ShareCosts> trial_;           // while the costs are measured
   std::atomic<int64_t> others_{0}, others_begun_{0};
   int64_t others_seen_ = 0;  // of others_begun_, at the layer before
