@@ -142,15 +142,21 @@ TEST(Predict, PrefillSharedWithTheCpu) {
   const double cpu = 2e8 / 50e9 / (1 - 0.1 / (m.sockets * m.dram_gbps)) + 100 * 1.2e7 / 1e12;
   EXPECT_NEAR(p.streamed, (1 - p.shared) * 2, 1e-6);
   EXPECT_NEAR(p.streamed, rest + p.shared * cpu, 1e-4);
-  // Beyond what a call takes, nothing is.
-  EXPECT_EQ(PredictPrefill(SmallModel(), m, {.stream_chunk = 8192}, 8192).shared, 0);
+  // Passes that are shared, or one that is too large for it, whichever is faster.
+  const PrefillOptions large{.stream_chunk = 8192};
+  EXPECT_EQ(PredictPrefill(SmallModel(), m, large, 8192).shared, 0);
+  m.pcie_gbps = 0.02;
+  EXPECT_GT(PredictPrefill(SmallModel(), m, large, 4200).shared, 0);
+  EXPECT_LT(PredictPrefill(SmallModel(), m, large, 4200).streamed,
+            PredictPrefill(SmallModel(), m, {.stream_chunk = 8192, .share = false}, 4200).streamed);
   m.pcie_gbps = 1e6;
   EXPECT_EQ(PredictPrefill(SmallModel(), m, {}, 100).shared, 0);
 }
 
 // Keys of 128 + 100 values and values of 128 for a pair, made from latents of 400 for each position.
 TEST(Predict, LongPromptsAttendToKeysAndValuesMadeOnce) {
-  const PrefillPoint p = PredictPrefill(SmallModel(), SmallMachine(), {.stream_chunk = 8000}, 8000);
+  const PrefillPoint p =
+      PredictPrefill(SmallModel(), SmallMachine(), {.stream_chunk = 8000, .share = false}, 8000);
   const double attention =
       2.0 * 10 * 3 * (8000 * 4000.5 * (128 + 100 + 128) + 2 * 8000.0 * 400 * (128 + 128)) / 5e12;
   EXPECT_NEAR(p.streamed, 2 * 8000 * 2.012e9 / 5e12 + attention, 1e-6);

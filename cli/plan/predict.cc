@@ -53,15 +53,42 @@ double ExpertMultiplySeconds(const ModelBytes& model, const MachineFigures& m, d
   return m.cpu_prefill > 0 ? tokens / m.cpu_prefill : tokens * model.RoutedMacs() / (m.cpu_tmacs * kTera);
 }
 
+constexpr int64_t kMostShared = 4096;  // tokens of a pass that the CPU has a part of
+
 // The part of a pass's experts that the CPU computes while the others' weights are copied, which all together
 // take `copy`, so that both end together: the CPU begins when the GPU is done with everything else (`rest`),
 // and reads what memory gives beside the copies.
 double CpuShare(const ModelBytes& model, const MachineFigures& m, double tokens, double copy, double rest) {
-  constexpr double kMostShared = 4096;
   const double left = (m.sockets * m.dram_gbps - m.pcie_gbps) * m.cpu_efficiency * kGiga;
-  if (tokens > kMostShared || left <= 0 || copy <= rest) return 0;
+  if (tokens > static_cast<double>(kMostShared) || left <= 0 || copy <= rest) return 0;
   const double read = m.cpu_prefill > 0 ? 0 : ExpertReadBytes(model, tokens) / left;
   return (copy - rest) / (copy + read + ExpertMultiplySeconds(model, m, tokens));
+}
+
+// A prompt in passes of so many tokens, experts streamed.
+struct Passes {
+  double seconds = 0, copies = 0, computes = 0;
+  double shared = 0;  // the CPU's part of the experts, of each token
+};
+Passes StreamPasses(const ModelBytes& model, const MachineFigures& m, bool share, int64_t tokens,
+                    int64_t chunk) {
+  const auto dense_bytes = static_cast<double>(model.every_step + model.shared);
+  Passes out;
+  for (int64_t at = 0; at < tokens; at += chunk) {
+    const auto now = static_cast<double>(std::min(chunk, tokens - at));
+    const double all = ExpertReadBytes(model, now) / (m.pcie_gbps * kGiga);
+    const double rest_flops = 2 * now * static_cast<double>(model.dense_values) +
+                              PromptAttentionFlops(model.config, static_cast<double>(at), now);
+    const double rest = std::max(rest_flops / GpuFlops(m), dense_bytes / VramRate(m));
+    const double part = share ? CpuShare(model, m, now, all, rest) : 0;
+    const double copy = (1 - part) * all;
+    const double compute = rest + (1 - part) * 2 * now * model.RoutedMacs() / GpuFlops(m);
+    out.seconds += std::max(copy, compute);
+    out.shared += part * now;
+    out.copies += copy;
+    out.computes += compute;
+  }
+  return out;
 }
 
 // Of several parts the name of the longest.
@@ -170,22 +197,15 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
       Longest({{read, Bound::kDram}, {multiply, Bound::kCpuArithmetic}, {dense + attention, arithmetic}});
   if (!m.gpu) return p;
 
-  double copies = 0, computes = 0;
-  for (int64_t at = 0; at < tokens; at += options.stream_chunk) {
-    const auto now = static_cast<double>(std::min(options.stream_chunk, tokens - at));
-    const double all = ExpertReadBytes(model, now) / (m.pcie_gbps * kGiga);
-    const double done = static_cast<double>(at);
-    const double rest_flops = 2 * now * values + PromptAttentionFlops(c, done, now);
-    const double rest = std::max(rest_flops / GpuFlops(m), dense_bytes / VramRate(m));
-    const double share = options.share ? CpuShare(model, m, now, all, rest) : 0;
-    const double copy = (1 - share) * all;
-    const double compute = rest + (1 - share) * 2 * now * model.RoutedMacs() / GpuFlops(m);
-    p.streamed += std::max(copy, compute);
-    p.shared += share * now / n;
-    copies += copy;
-    computes += compute;
+  // As the engine does: passes that are too large to be shared, or more of them that are not.
+  Passes passes = StreamPasses(model, m, options.share, tokens, options.stream_chunk);
+  if (options.share && options.stream_chunk > kMostShared && tokens > kMostShared) {
+    const Passes shared = StreamPasses(model, m, true, tokens, kMostShared);
+    if (shared.seconds < passes.seconds) passes = shared;
   }
-  p.stream_bound = Longest({{copies, Bound::kPcie}, {computes, Bound::kGpuArithmetic}});
+  p.streamed = passes.seconds;
+  p.shared = passes.shared / n;
+  p.stream_bound = Longest({{passes.copies, Bound::kPcie}, {passes.computes, Bound::kGpuArithmetic}});
   return p;
 }
 
