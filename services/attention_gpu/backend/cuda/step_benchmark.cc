@@ -140,7 +140,7 @@ absl::Status Measure(const Flags& flags) {
       StepResult result;
       for (int i = 0; i < 14; ++i) {
         const absl::Time begin = absl::Now();
-        const absl::Status status = (*backend)->Step(batch, &result);
+        absl::Status status = (*backend)->Step(batch, &result);
         if (!status.ok()) return status;
         if (i >= 3) seconds.push_back(absl::ToDoubleSeconds(absl::Now() - begin));
       }
