@@ -90,7 +90,8 @@ void ExamineMemory(const Machine& m, std::vector<Finding>& out) {
   if (!huge.shmem.empty() && !shmem_huge && (m.expert_bytes == 0 || reserved < m.expert_bytes)) {
     out.push_back({Level::kChange, "shared memory",
                    absl::StrCat("shmem_enabled is ", huge.shmem,
-                                ": memory shared between the processes gets small pages"),
+                                ": the experts' weights lie in private memory, from which a GPU cannot take "
+                                "those of long prompts (with --arena shared it can, in small pages)"),
                    "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"});
   } else if (!huge.shmem.empty()) {
     out.push_back({Level::kOk, "shared memory", absl::StrCat("shmem_enabled is ", huge.shmem), ""});

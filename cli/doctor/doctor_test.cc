@@ -55,6 +55,7 @@ TEST_F(DoctorTest, EveryComplaintHasItsCommand) {
   machine_.isa = "scalar";
   EXPECT_THAT(Complaint("huge pages")->advice,
               HasSubstr("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"));
+  EXPECT_THAT(Complaint("shared memory")->text, HasSubstr("--arena shared"));
   EXPECT_THAT(Complaint("shared memory")->advice, HasSubstr("shmem_enabled"));
   EXPECT_THAT(Complaint("memlock")->advice, HasSubstr("ulimit -l unlimited"));
   EXPECT_THAT(Complaint("open files")->advice, HasSubstr("ulimit -n"));
