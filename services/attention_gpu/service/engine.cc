@@ -123,12 +123,21 @@ int64_t ChooseHostTier(const Options& o, const HostNeeds& needs) {
   return static_cast<int64_t>(bytes);
 }
 
-// On the CPU the experts' weights are read and decoded for every step: the more tokens share them the better.
-// On a GPU a step's tokens take its memory.
-int32_t ChunkSize(const Options& o, bool gpu) { return o.chunk_size > 0 ? o.chunk_size : gpu ? 256 : 512; }
+// Prompt tokens of a step by default. The processes read and decode the experts' weights for every step: the
+// more tokens share them the better. On a GPU a step's tokens take its memory, and long prompts are streamed
+// where they can be.
+constexpr int32_t kChunkOnCpu = 512, kChunkBesideStreaming = 256, kChunkOnGpu = 1024;
 
-int32_t MaxStepTokens(const Options& o, bool gpu) {
-  return std::max(ChunkSize(o, gpu), o.mixed_chunk_size + o.max_batch_size);
+int32_t ChunkSize(const Options& o, int32_t by_default) {
+  return o.chunk_size > 0 ? o.chunk_size : by_default;
+}
+int32_t ChunkOnGpu(const Options& o, const CudaBackendOptions& gpu) {
+  return ChunkSize(
+      o, gpu.stream_prefill.mode == StreamPrefill::Mode::kOff ? kChunkOnGpu : kChunkBesideStreaming);
+}
+
+int32_t MaxStepTokens(const Options& o, int32_t chunk) {
+  return std::max(chunk, o.mixed_chunk_size + o.max_batch_size);
 }
 
 // Everything from the model file to the scheduler; what must live as long as it serves.
@@ -172,8 +181,8 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   on_gpu.threads = threads;
   on_gpu.page_tokens = kPageTokens;
   on_gpu.page_count = sizes.gpu_least;
-  on_gpu.max_step_tokens = MaxStepTokens(o, true);
   TANDEM_ASSIGN_OR_RETURN(on_gpu.stream_prefill, ParseStreamPrefill(o.stream_prefill));
+  on_gpu.max_step_tokens = MaxStepTokens(o, ChunkOnGpu(o, on_gpu));
   TANDEM_ASSIGN_OR_RETURN(on_gpu.stream_share, ParseStreamShare(o.stream_share));
   on_gpu.max_graph_rows = o.max_batch_size;
   on_gpu.bell = o.gpu_bell;
@@ -204,7 +213,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     g.transport = o.expert_transport == "ring"   ? ExpertTransport::kRing
                   : o.expert_transport == "grpc" ? ExpertTransport::kGrpc
                                                  : ExpertTransport::kAuto;
-    g.max_call_tokens = MaxStepTokens(o, gpu.has_value());
+    g.max_call_tokens = MaxStepTokens(o, ChunkSize(o, gpu ? kChunkOnGpu : kChunkOnCpu));
     if (gpu && o.defer_experts > 0) g.slots = kDeferralSlots;
     const int busy_threads = o.threads > 0 ? o.threads : shm::AllowedCpus();
     g.spin = o.expert_spin_us >= 0 ? absl::Microseconds(o.expert_spin_us)
@@ -221,6 +230,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
       if (absl::IsFailedPrecondition(mapped) || absl::IsUnimplemented(mapped)) {
         spdlog::info("prompts are not streamed: {}", std::string(mapped.message()));
         on_gpu.stream_prefill.mode = StreamPrefill::Mode::kOff;
+        on_gpu.max_step_tokens = MaxStepTokens(o, ChunkOnGpu(o, on_gpu));
         TANDEM_ASSIGN_OR_RETURN(gpu, ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
       }
     }
@@ -240,7 +250,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
     b.threads = threads;
     b.page_tokens = kPageTokens;
     b.page_count = pages;
-    b.max_step_tokens = MaxStepTokens(o, false);
+    b.max_step_tokens = MaxStepTokens(o, ChunkSize(o, kChunkOnCpu));
     b.experts_share_cpus = experts_share_cpus;
     b.defer_experts = o.defer_experts;
     TANDEM_ASSIGN_OR_RETURN(backend, CreateCpuBackend(*out.file, c, b, std::move(experts)));
@@ -251,7 +261,8 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   s.context_length = sizes.context;
   s.max_batch_size = o.max_batch_size;
   s.max_waiting = o.max_waiting;
-  s.chunk_size = ChunkSize(o, gpu.has_value());
+  s.chunk_size = ChunkSize(o, kChunkOnCpu);
+  if (gpu) s.chunk_size = std::min(ChunkOnGpu(o, *gpu), gpu->max_step_tokens);
   s.mixed_chunk_size = o.mixed_chunk_size;
   s.expert_patience = absl::Seconds(o.expert_patience);
   s.max_decode_slowdown = o.max_decode_slowdown;

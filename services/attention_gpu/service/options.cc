@@ -105,7 +105,9 @@ ParsedOptions ParseOptions(int argc, char** argv) {
                  "tokens (with their alternatives) of a stream that may wait for its reader; past that it is "
                  "cancelled")
       ->check(CLI::Range(1, 1 << 30));
-  app.add_option("--chunk-size", o.chunk_size, "prompt tokens of a step; 0: 512 on the CPU, 256 on a GPU")
+  app.add_option(
+         "--chunk-size", o.chunk_size,
+         "prompt tokens of a step; 0: 512 on the CPU; on a GPU 256 beside streamed prompts, else 1024")
       ->check(CLI::Range(0, 65536));
   app.add_option("--mixed-chunk-size", o.mixed_chunk_size,
                  "prompt tokens of a step beside running sequences, at most")

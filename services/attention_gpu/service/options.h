@@ -35,7 +35,7 @@ struct Options {
   int32_t max_batch_size = 16;
   int32_t max_waiting = 256;
   int64_t max_unread_tokens = 4096;
-  int32_t chunk_size = 0;  // 0: 512 on the CPU, 256 on a GPU
+  int32_t chunk_size = 0;  // 0: 512 on the CPU; on a GPU 256 beside streamed prompts, else 1024
   int32_t mixed_chunk_size = 64;
   bool memory_check = true;  // refuse what does not fit into the memory that is available
   double max_decode_slowdown = 2;
