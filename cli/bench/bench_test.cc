@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -97,6 +98,16 @@ TEST(Bench, RooflineHasReadsAndEveryType) {
   }
   EXPECT_EQ(isas.size(), kernels::AvailableIsas().size());
   EXPECT_TRUE(shapes.contains("read") && shapes.contains("Q4_K") && shapes.contains("BF16"));
+}
+
+TEST(Bench, MoePausesBeforeEachCall) {
+  BenchOptions options = Quick("moe");
+  options.tokens = "1";
+  options.pause_us = 20'000;
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EQ(Lines(Measure(options), "moe").size(), 1u);
+  // Two passes over two layers at least.
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(80));
 }
 
 TEST(Bench, MoeCountsDistinctExpertsAndTokens) {

@@ -5,6 +5,8 @@
 #include <initializer_list>
 #include <utility>
 
+#include "services/attention_gpu/experts/stream_share.h"
+
 namespace tandem::cli {
 namespace {
 
@@ -53,14 +55,12 @@ double ExpertMultiplySeconds(const ModelBytes& model, const MachineFigures& m, d
   return m.cpu_prefill > 0 ? tokens / m.cpu_prefill : tokens * model.RoutedMacs() / (m.cpu_tmacs * kTera);
 }
 
-constexpr int64_t kMostShared = 4096;  // tokens of a pass that the CPU has a part of
-
 // The part of a pass's experts that the CPU computes while the others' weights are copied, which all together
 // take `copy`, so that both end together: the CPU begins when the GPU is done with everything else (`rest`),
 // and reads what memory gives beside the copies.
 double CpuShare(const ModelBytes& model, const MachineFigures& m, double tokens, double copy, double rest) {
   const double left = (m.sockets * m.dram_gbps - m.pcie_gbps) * m.cpu_efficiency * kGiga;
-  if (tokens > static_cast<double>(kMostShared) || left <= 0 || copy <= rest) return 0;
+  if (tokens > static_cast<double>(attention::kMostSharedTokens) || left <= 0 || copy <= rest) return 0;
   const double read = m.cpu_prefill > 0 ? 0 : ExpertReadBytes(model, tokens) / left;
   return (copy - rest) / (copy + read + ExpertMultiplySeconds(model, m, tokens));
 }
@@ -199,8 +199,9 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
 
   // As the engine does: passes that are too large to be shared, or more of them that are not.
   Passes passes = StreamPasses(model, m, options.share, tokens, options.stream_chunk);
-  if (options.share && options.stream_chunk > kMostShared && tokens > kMostShared) {
-    const Passes shared = StreamPasses(model, m, true, tokens, kMostShared);
+  if (options.share && options.stream_chunk > attention::kMostSharedTokens &&
+      tokens > attention::kMostSharedTokens) {
+    const Passes shared = StreamPasses(model, m, true, tokens, attention::kMostSharedTokens);
     if (shared.seconds < passes.seconds) passes = shared;
   }
   p.streamed = passes.seconds;

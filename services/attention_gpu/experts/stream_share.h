@@ -11,6 +11,9 @@
 
 namespace tandem::attention {
 
+// Tokens of a layer that the processes can have a share in: their ring takes 86 KB of memory for each of R1.
+constexpr int64_t kMostSharedTokens = 4096;
+
 // --stream-share.
 struct StreamShare {
   enum class Mode { kOff, kAuto, kPercent };

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/telemetry/log.h"
+#include "services/attention_gpu/experts/stream_share.h"
 
 namespace tandem::attention {
 namespace {
@@ -15,8 +16,8 @@ namespace {
 // than 20 GB then. More than the most is of no use: the GPU's own work takes longer than the copies.
 constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
 constexpr uint64_t kStreamBytesAToken = 125'000;
-constexpr int64_t kFewStreamTokens = 4096;
-// Every pass of a prompt takes all weights over the bus: the fewer the better, but so many tokens at most.
+// Steps of up to kMostSharedTokens are the least: the processes take a part of those. Beyond, every pass of a
+// prompt takes all weights over the bus, so the fewer the better; but so many tokens at most.
 constexpr int32_t kManyStreamTokens = 16384;
 // Contexts up to this pass at once, with so little memory that the whole of R1 takes less than 13 GB.
 constexpr int32_t kShortContext = 8192;
@@ -98,17 +99,17 @@ std::vector<StreamStep> StreamSteps(const Options& o, int32_t context) {
   if (context > kShortContext) {
     add_both(std::min(context, kManyStreamTokens));
     add_both(kShortContext);
-  } else if (context > kFewStreamTokens) {
+  } else if (context > kMostSharedTokens) {
     add(context, kTightStreamBytes);
   }
-  add(kFewStreamTokens, kLeastStreamBytes);
-  add(kFewStreamTokens, kTightStreamBytes);
+  add(kMostSharedTokens, kLeastStreamBytes);
+  add(kMostSharedTokens, kTightStreamBytes);
   return out;
 }
 
 uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens) {
   if (megabytes > 0) return static_cast<uint64_t>(megabytes) * 1'000'000;
-  if (step_tokens <= kFewStreamTokens) return kLeastStreamBytes;
+  if (step_tokens <= kMostSharedTokens) return kLeastStreamBytes;
   return std::min(kStreamBytesAToken * static_cast<uint64_t>(step_tokens), kMostStreamBytes);
 }
 

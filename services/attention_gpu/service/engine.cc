@@ -140,6 +140,16 @@ int32_t MaxStepTokens(const Options& o, int32_t chunk) {
   return std::max(chunk, o.mixed_chunk_size + o.max_batch_size);
 }
 
+// Whether the weights that prompts should stream cannot be had: then what streaming would take is the KV
+// cache's, until the engine's next start. Not where a process is merely lost for the moment.
+bool CannotStream(const CudaBackendOptions& gpu, ExpertGroup& experts) {
+  if (gpu.stream_prefill.mode != StreamPrefill::Mode::kAuto) return false;
+  const absl::Status mapped = experts.MapWeights().status();
+  if (!absl::IsFailedPrecondition(mapped) && !absl::IsUnimplemented(mapped)) return false;
+  spdlog::info("prompts are not streamed: {}", std::string(mapped.message()));
+  return true;
+}
+
 // Everything from the model file to the scheduler; what must live as long as it serves.
 struct Loaded {
   std::unique_ptr<gguf::File> file;
@@ -224,15 +234,11 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
                          });
     TANDEM_ASSIGN_OR_RETURN(experts, ConnectExperts(g, c, out.file->Fingerprint()));
     out.info.expert_processes = experts->processes();
-    if (gpu && gpu->stream_prefill.mode == StreamPrefill::Mode::kAuto) {
-      // Where the weights cannot be had, what streaming would take is the KV cache's.
-      const absl::Status mapped = experts->MapWeights().status();
-      if (absl::IsFailedPrecondition(mapped) || absl::IsUnimplemented(mapped)) {
-        spdlog::info("prompts are not streamed: {}", std::string(mapped.message()));
-        on_gpu.stream_prefill.mode = StreamPrefill::Mode::kOff;
-        on_gpu.max_step_tokens = MaxStepTokens(o, ChunkOnGpu(o, on_gpu));
-        TANDEM_ASSIGN_OR_RETURN(gpu, ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
-      }
+    if (gpu && CannotStream(*gpu, *experts)) {
+      on_gpu.stream_prefill.mode = StreamPrefill::Mode::kOff;
+      on_gpu.max_step_tokens = MaxStepTokens(o, ChunkOnGpu(o, on_gpu));
+      TANDEM_ASSIGN_OR_RETURN(auto again, ChooseGpu(o, *out.file, c, on_gpu, sizes.context, sizes.gpu_most));
+      if (again) gpu = *again;  // else somebody else has taken the room: what was chosen before
     }
   }
   const int32_t pages = gpu ? gpu->page_count : sizes.pages;
@@ -261,8 +267,7 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
   s.context_length = sizes.context;
   s.max_batch_size = o.max_batch_size;
   s.max_waiting = o.max_waiting;
-  s.chunk_size = ChunkSize(o, kChunkOnCpu);
-  if (gpu) s.chunk_size = std::min(ChunkOnGpu(o, *gpu), gpu->max_step_tokens);
+  s.chunk_size = gpu ? std::min(ChunkOnGpu(o, *gpu), gpu->max_step_tokens) : ChunkSize(o, kChunkOnCpu);
   s.mixed_chunk_size = o.mixed_chunk_size;
   s.expert_patience = absl::Seconds(o.expert_patience);
   s.max_decode_slowdown = o.max_decode_slowdown;

@@ -142,7 +142,7 @@ class CudaBackend : public Backend {
       if (bell_ != nullptr) s.bell = bell_->kind();
       s.device = options_.device;
       s.time_rest = [this](int64_t tokens) { return TimeWithoutExperts(tokens); };
-      s.rest_most = std::min({int64_t{StepTokens(c_, options_)}, cuda::StreamedPrefill::kMostSharedTokens,
+      s.rest_most = std::min({int64_t{StepTokens(c_, options_)}, kMostSharedTokens,
                               int64_t{options_.page_count} * options_.page_tokens});
       s.normed = long_->work().normed;
       s.x = long_->work().x;

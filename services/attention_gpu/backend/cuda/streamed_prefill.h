@@ -26,9 +26,6 @@ namespace tandem::attention::cuda {
 // Not thread-safe, but for Begin, End and what is said of other steps.
 class StreamedPrefill {
  public:
-  // Of a layer that the processes have a share in: they take 86 KB of memory for each of R1.
-  static constexpr int64_t kMostSharedTokens = 4096;
-
   struct Options {
     StreamPrefill when;
     StreamShare share;
