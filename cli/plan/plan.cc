@@ -353,6 +353,8 @@ void AddPlanFlags(Command& command, PlanOptions* o) {
                "Prompt tokens of a step, experts on the CPU (256)")
       .Integer("stream-tokens", &o->prefill.stream_chunk, 1, 1 << 20,
                "Prompt tokens of a pass, experts streamed (16384)")
+      .Integer("stream-buffer-mb", &o->prefill.stream_buffer_mb, 0, 1 << 20,
+               "10^6 bytes of GPU memory for experts on their way (0: 640 to 6144 by the pass's tokens)")
       .Switch(
           "stream-share", &o->prefill.share,
           "--no-stream-share: a pass's experts all come to the GPU, none is computed by the CPU meanwhile")

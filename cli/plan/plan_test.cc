@@ -153,6 +153,19 @@ TEST(Predict, PrefillSharedWithTheCpu) {
   EXPECT_EQ(PredictPrefill(SmallModel(), m, {}, 100).shared, 0);
 }
 
+// What comes before the routing is known fills the buffers, the rest comes after it.
+TEST(Predict, SmallBuffersDelayThePass) {
+  MachineFigures m = SmallMachine();
+  m.pcie_gbps = 0.1;
+  auto seconds = [&](int64_t megabytes) {
+    return PredictPrefill(SmallModel(), m, {.stream_buffer_mb = megabytes, .share = false}, 100).streamed;
+  };
+  const double rest = 2 * 100 * 2e9 / 5e12 + 100 * 2.0 * 10 * 900 * 50.5 * 3 / 5e12;
+  const double layers = static_cast<double>(SmallModel().config.num_moe_layers());
+  EXPECT_NEAR(seconds(1), 2 + rest - layers * 1e6 / 0.1e9, 1e-6);
+  EXPECT_NEAR(seconds(1000), 2, 1e-6);  // all have come while the GPU was busy with the rest
+}
+
 // Keys of 128 + 100 values and values of 128 for a pair, made from latents of 400 for each position.
 TEST(Predict, LongPromptsAttendToKeysAndValuesMadeOnce) {
   const PrefillPoint p =

@@ -65,13 +65,14 @@ double CpuShare(const ModelBytes& model, const MachineFigures& m, double tokens,
   return (copy - rest) / (copy + read + ExpertMultiplySeconds(model, m, tokens));
 }
 
-// A prompt in passes of so many tokens, experts streamed.
+// A prompt in passes of so many tokens, experts streamed. In a layer the GPU computes everything else first;
+// weights come meanwhile until the buffers are full, and all of them while it multiplies them.
 struct Passes {
   double seconds = 0, copies = 0, computes = 0;
   double shared = 0;  // the CPU's part of the experts, of each token
 };
-Passes StreamPasses(const ModelBytes& model, const MachineFigures& m, bool share, int64_t tokens,
-                    int64_t chunk) {
+Passes StreamPasses(const ModelBytes& model, const MachineFigures& m, const PrefillOptions& options,
+                    bool share, int64_t tokens, int64_t chunk) {
   const auto dense_bytes = static_cast<double>(model.every_step + model.shared);
   Passes out;
   for (int64_t at = 0; at < tokens; at += chunk) {
@@ -83,7 +84,13 @@ Passes StreamPasses(const ModelBytes& model, const MachineFigures& m, bool share
     const double part = share ? CpuShare(model, m, now, all, rest) : 0;
     const double copy = (1 - part) * all;
     const double compute = rest + (1 - part) * 2 * now * model.RoutedMacs() / GpuFlops(m);
-    out.seconds += std::max(copy, compute);
+    const double buffers =
+        options.stream_buffer_mb > 0
+            ? static_cast<double>(options.stream_buffer_mb) * 1e6
+            : static_cast<double>(attention::AmpleStreamBytes(std::min(chunk, tokens - at), tokens));
+    const double ahead = static_cast<double>(model.config.num_moe_layers()) * buffers / (m.pcie_gbps * kGiga);
+    const double waits = copy > 0 ? copy + rest - std::min(ahead, copy) : 0;
+    out.seconds += std::max({copy, compute, waits});
     out.shared += part * now;
     out.copies += copy;
     out.computes += compute;
@@ -198,10 +205,10 @@ PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& m, co
   if (!m.gpu) return p;
 
   // As the engine does: passes that are too large to be shared, or more of them that are not.
-  Passes passes = StreamPasses(model, m, options.share, tokens, options.stream_chunk);
+  Passes passes = StreamPasses(model, m, options, options.share, tokens, options.stream_chunk);
   if (options.share && options.stream_chunk > attention::kMostSharedTokens &&
       tokens > attention::kMostSharedTokens) {
-    const Passes shared = StreamPasses(model, m, true, tokens, attention::kMostSharedTokens);
+    const Passes shared = StreamPasses(model, m, options, true, tokens, attention::kMostSharedTokens);
     if (shared.seconds < passes.seconds) passes = shared;
   }
   p.streamed = passes.seconds;

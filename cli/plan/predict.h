@@ -76,7 +76,10 @@ struct PrefillPoint {
 struct PrefillOptions {
   int64_t chunk = 256;           // tokens of a step, experts on the CPU
   int64_t stream_chunk = 16384;  // tokens of a pass, experts streamed: as many as the engine takes at most
-  bool share = true;             // some experts of a pass are computed by the CPU
+  // 10^6 bytes of weights that a layer's experts may be ahead; 0: as the engine likes it in contexts of up to
+  // 32768 tokens.
+  int64_t stream_buffer_mb = 0;
+  bool share = true;  // some experts of a pass are computed by the CPU
 };
 PrefillPoint PredictPrefill(const ModelBytes& model, const MachineFigures& machine,
                             const PrefillOptions& options, int64_t tokens);

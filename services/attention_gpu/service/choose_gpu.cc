@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdint>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
@@ -11,17 +12,12 @@
 namespace tandem::attention {
 namespace {
 
-// What comes over PCIe 5.0 while an H100 computes the attention of a layer of R1 is about the least for 4096
-// tokens, and for more of them 190 KB each. Two thirds of that: R1 with 128 K tokens of int8 cache takes less
-// than 20 GB then. More than the most is of no use: the GPU's own work takes longer than the copies.
-constexpr uint64_t kLeastStreamBytes = 640'000'000, kMostStreamBytes = 6'144'000'000;
-constexpr uint64_t kStreamBytesAToken = 125'000;
 // Steps of up to kMostSharedTokens are the least: the processes take a part of those. Beyond, every pass of a
 // prompt takes all weights over the bus, so the fewer the better; but so many tokens at most.
 constexpr int32_t kManyStreamTokens = 16384;
 // Contexts up to this pass at once, with so little memory that the whole of R1 takes less than 13 GB.
 constexpr int32_t kShortContext = 8192;
-constexpr uint64_t kTightStreamBytes = 512'000'000;
+constexpr uint64_t kTightStreamBytes = 384'000'000;
 
 }  // namespace
 
@@ -84,33 +80,30 @@ std::vector<StreamStep> StreamSteps(const Options& o, int32_t context) {
   // No step has more than a context, unless many sequences share it.
   const int64_t most = int64_t{context} * o.max_batch_size;
   const auto add = [&](int64_t tokens, uint64_t bytes) {
-    const StreamStep step{static_cast<int32_t>(std::min(tokens, most)),
-                          o.stream_buffer_mb > 0 ? StreamBufferBytes(o.stream_buffer_mb, tokens) : bytes};
+    const StreamStep step{
+        static_cast<int32_t>(std::min(tokens, most)),
+        o.stream_buffer_mb > 0 ? static_cast<uint64_t>(o.stream_buffer_mb) * 1'000'000 : bytes};
     if (out.empty() || out.back() != step) out.push_back(step);
   };
-  const auto add_both = [&](int64_t tokens) {
-    add(tokens, StreamBufferBytes(0, std::min(tokens, most)));
+  const auto add_all = [&](int64_t tokens) {
+    // As much as a step of this context likes, as one of a long context does, and the least.
+    add(tokens, AmpleStreamBytes(std::min(tokens, most), context));
+    add(tokens, AmpleStreamBytes(std::min(tokens, most), INT32_MAX));
     add(tokens, kLeastStreamBytes);
   };
   if (o.stream_chunk_size > 0) {
-    add_both(o.stream_chunk_size);
+    add_all(o.stream_chunk_size);
     return out;
   }
   if (context > kShortContext) {
-    add_both(std::min(context, kManyStreamTokens));
-    add_both(kShortContext);
+    add_all(std::min(context, kManyStreamTokens));
+    add_all(kShortContext);
   } else if (context > kMostSharedTokens) {
     add(context, kTightStreamBytes);
   }
   add(kMostSharedTokens, kLeastStreamBytes);
   add(kMostSharedTokens, kTightStreamBytes);
   return out;
-}
-
-uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens) {
-  if (megabytes > 0) return static_cast<uint64_t>(megabytes) * 1'000'000;
-  if (step_tokens <= kMostSharedTokens) return kLeastStreamBytes;
-  return std::min(kStreamBytesAToken * static_cast<uint64_t>(step_tokens), kMostStreamBytes);
 }
 
 int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most) {

@@ -32,10 +32,6 @@ struct StreamStep {
 // What to try, best first, by --stream-chunk-size, --stream-buffer-mb and --max-batch-size.
 std::vector<StreamStep> StreamSteps(const Options& options, int32_t context);
 
-// GPU memory for weights on their way: so many 10^6 bytes; 0: about what is copied while attention of a step
-// of so many tokens runs.
-uint64_t StreamBufferBytes(int64_t megabytes, int64_t step_tokens);
-
 // How many pages, from `least` (of which `plan` is) to `most`, fit with a tenth of what is left to spare.
 int32_t PagesThatFit(const CudaPlan& plan, int32_t least, int32_t most);
 

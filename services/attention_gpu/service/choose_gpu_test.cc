@@ -40,26 +40,39 @@ std::vector<int32_t> Tokens(const std::vector<StreamStep>& steps) {
 TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
   Options o;
   o.stream_chunk_size = 6000;
-  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 750'000'000}, {6000, 640'000'000}}));
+  EXPECT_EQ(StreamSteps(o, 8192),
+            (std::vector<StreamStep>{{6000, 1'140'000'000}, {6000, 750'000'000}, {6000, 640'000'000}}));
   o.stream_buffer_mb = 900;
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 900'000'000}}));
   o.stream_chunk_size = 512;
   o.stream_buffer_mb = 0;
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{512, 640'000'000}}));
+  o.stream_chunk_size = 65536;
+  EXPECT_EQ(StreamSteps(o, 8192)[0], (StreamStep{65536, 6'144'000'000}));
 }
 
 TEST(StreamSteps, ByTheContext) {
   Options o;
-  const StreamStep least{4096, 640'000'000}, last{4096, 512'000'000};
+  const StreamStep least{4096, 640'000'000}, last{4096, 384'000'000};
   EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least, last}));
-  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 512'000'000}, least, last}));
-  const StreamStep some{8192, 1'024'000'000}, tight{8192, 640'000'000};
-  EXPECT_EQ(
-      StreamSteps(o, 10000),
-      (std::vector<StreamStep>{{10000, 1'250'000'000}, {10000, 640'000'000}, some, tight, least, last}));
-  const std::vector<StreamStep> most{{16384, 2'048'000'000}, {16384, 640'000'000}, some, tight, least, last};
-  EXPECT_EQ(StreamSteps(o, 16384), most);
-  EXPECT_EQ(StreamSteps(o, 131072), most);
+  EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 384'000'000}, least, last}));
+  const StreamStep ample{8192, 1'556'480'000}, some{8192, 1'024'000'000}, tight{8192, 640'000'000};
+  EXPECT_EQ(StreamSteps(o, 10000), (std::vector<StreamStep>{{10000, 1'900'000'000},
+                                                            {10000, 1'250'000'000},
+                                                            {10000, 640'000'000},
+                                                            ample,
+                                                            some,
+                                                            tight,
+                                                            least,
+                                                            last}));
+  const StreamStep large{16384, 2'048'000'000}, large_tight{16384, 640'000'000};
+  for (const int32_t context : {16384, 32768}) {
+    EXPECT_EQ(StreamSteps(o, context),
+              (std::vector<StreamStep>{
+                  {16384, 3'112'960'000}, large, large_tight, ample, some, tight, least, last}));
+  }
+  // The KV cache of long contexts needs the memory more.
+  EXPECT_EQ(StreamSteps(o, 131072), (std::vector<StreamStep>{large, large_tight, some, tight, least, last}));
   o.stream_buffer_mb = 1000;
   EXPECT_EQ(Tokens(StreamSteps(o, 131072)), std::vector<int32_t>({16384, 8192, 4096}));
 }
@@ -68,14 +81,6 @@ TEST(StreamSteps, NoLargerThanAllSequencesTogether) {
   Options o;
   o.max_batch_size = 3;
   EXPECT_EQ(Tokens(StreamSteps(o, 1000)), std::vector<int32_t>({3000, 3000}));
-}
-
-TEST(StreamBufferBytes, AsAskedForOrByTheStep) {
-  EXPECT_EQ(StreamBufferBytes(5, 4096), 5'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 512), 640'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 4096), 640'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 16384), 2'048'000'000u);
-  EXPECT_EQ(StreamBufferBytes(0, 1 << 20), 6'144'000'000u);
 }
 
 }  // namespace

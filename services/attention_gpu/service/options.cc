@@ -82,8 +82,8 @@ ParsedOptions ParseOptions(int argc, char** argv) {
       ->capture_default_str();
   app.add_option(
          "--stream-buffer-mb", o.stream_buffer_mb,
-         "10^6 bytes of GPU memory for the experts' weights on their way; 0: 512 to 2048, by the step and by "
-         "what room there is")
+         "10^6 bytes of GPU memory for the experts' weights on their way; 0: 384 to 6144, by the step, the "
+         "context and what room there is")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->capture_default_str();
   app.add_option("--cpus", o.cpus, "pin the threads to these CPUs, such as 0-7,16");
