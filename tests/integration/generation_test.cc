@@ -246,7 +246,7 @@ TEST_F(GenerationTest, GrpcGivesTheSameText) {
   grpc::ClientContext list_context;
   ASSERT_TRUE(stub->ListModels(&list_context, {}, &models).ok());
   ASSERT_EQ(models.ids_size(), 1);
-  EXPECT_EQ(models.ids(0), Rest().Get("/v1/models").body["data"][0]["id"]);
+  EXPECT_EQ(models.ids(0), Rest().Get("/v1/models").body["data"][0]["id"].get<std::string>());
 }
 
 TEST_F(GenerationTest, HealthAndReflectionOfAllServices) {

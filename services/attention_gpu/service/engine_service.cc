@@ -83,7 +83,9 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
   void OnWriteDone(bool ok) override {
     const std::lock_guard lock(mutex_);
     writing_ = false;
-    if (!ok) {
+    // A write that was under way when the caller went may still succeed, and what is cancelled has no last
+    // event.
+    if (!ok || gone_) {
       CancelWork();
       FinishOnce(grpc::Status::CANCELLED);
       return;
@@ -92,6 +94,7 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
   }
   void OnCancel() override {
     const std::lock_guard lock(mutex_);
+    gone_ = true;
     CancelWork();
     if (!writing_) FinishOnce(grpc::Status::CANCELLED);
   }
@@ -188,7 +191,8 @@ class GenerateCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
   bool writing_ = false;
   bool ended_ = false;
   bool finished_ = false;
-  bool cancelled_ = false;
+  bool cancelled_ = false;  // the work
+  bool gone_ = false;       // the caller
   grpc::Status end_status_;
   uint64_t number_ = 0;
 };

@@ -146,6 +146,23 @@ TEST_F(EngineServiceTest, ACallThatIsCancelledFreesItsPages) {
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
+// Also one whose cancellation comes while a token is being written: else the server would wait for it for
+// ever.
+TEST_F(EngineServiceTest, CancelledCallsEnd) {
+  Ready();
+  for (int i = 0; i < 1000; ++i) {
+    grpc::ClientContext context;
+    auto reader = stub_->Generate(&context, Request(3, kContext - 10));
+    v1::GenerateEvent e;
+    ASSERT_TRUE(reader->Read(&e));
+    for (int more = i % 8; more > 0; --more) reader->Read(&e);
+    context.TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    WaitUntilIdle();
+  }
+  server_->Shutdown(absl::InfiniteDuration());  // comes back only when all calls have ended
+}
+
 TEST_F(EngineServiceTest, DeadlinesAreKeptForWhatRunsAndWhatWaits) {
   Ready();
   script_.Hold();
