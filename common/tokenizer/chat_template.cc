@@ -219,9 +219,10 @@ absl::StatusOr<RenderedPrompt> ChatTemplate::Apply(const Json& messages, const A
   return prompt;
 }
 
-std::vector<int32_t> ChatTemplate::Tokenize(const RenderedPrompt& prompt) const {
-  return tokenizer_->Encode(prompt.marked_text,
-                            {.add_special = true, .parse_special = true, .marker = prompt.marker});
+std::vector<int32_t> ChatTemplate::Tokenize(const RenderedPrompt& prompt, size_t most) const {
+  return tokenizer_->Encode(
+      prompt.marked_text,
+      {.add_special = true, .parse_special = true, .marker = prompt.marker, .most = most});
 }
 
 }  // namespace tandem::tokenizer

@@ -66,7 +66,7 @@ class ChatTemplate {
                                        const ApplyOptions& options) const;
 
   // The tokens of a rendered prompt, with BOS exactly once where the model wants one.
-  std::vector<int32_t> Tokenize(const RenderedPrompt& prompt) const;
+  std::vector<int32_t> Tokenize(const RenderedPrompt& prompt, size_t most = SIZE_MAX) const;
 
   const std::string& source() const { return source_; }
   bool built_in() const { return built_in_; }  // not from the file

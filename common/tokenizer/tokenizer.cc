@@ -66,13 +66,13 @@ void Tokenizer::Impl::EncodePiece(std::string_view piece, BpeMerger* merger, std
   }
 }
 
-void Tokenizer::Impl::EncodePlain(std::string_view text, std::vector<int32_t>* out) const {
+void Tokenizer::Impl::EncodePlain(std::string_view text, size_t most, std::vector<int32_t>* out) const {
   if (text.empty()) return;
   BpeMerger merger(merges.get());
   std::vector<ClassedChar> chars;
   std::vector<uint32_t> ends;
   std::vector<int32_t> symbols;
-  out->reserve(out->size() + text.size() / 3);
+  out->reserve(out->size() + std::min(text.size() / 3, most));
   while (!text.empty()) {
     size_t stretch = text.size();
     if (stretch > kMaxStretch) {
@@ -88,6 +88,7 @@ void Tokenizer::Impl::EncodePlain(std::string_view text, std::vector<int32_t>* o
     for (const uint32_t end : ends) {
       size_t length = 0;
       for (; i < end; ++i) length += chars[i].byte_length();
+      if (out->size() > most) return;
       EncodePiece(text.substr(begin, length), &merger, &symbols, out);
       begin += length;
     }
@@ -100,8 +101,14 @@ std::vector<int32_t> Tokenizer::Encode(std::string_view text, const EncodeOption
   const SpecialMatcher& matcher = options.parse_special ? impl_->all_special : impl_->user_defined;
   const bool has_marker = !options.marker.empty() && text.find(options.marker) != std::string_view::npos;
   std::string unmarked;
+  // So many bytes have more tokens, also when every other byte is a marker's.
+  if (options.most < text.size() / (2 * impl_->longest_of_all + 1)) {
+    size_t enough = (options.most + 1) * 2 * impl_->longest_of_all;
+    enough -= IncompleteUtf8Suffix(text.substr(0, enough));
+    text = text.substr(0, enough);
+  }
   size_t begin = 0;
-  while (begin < text.size()) {
+  while (begin < text.size() && out.size() <= options.most) {
     const SpecialMatcher::Match match = matcher.Find(text, begin);
     std::string_view plain = text.substr(begin, match.begin - begin);
     if (has_marker) {
@@ -109,7 +116,7 @@ std::vector<int32_t> Tokenizer::Encode(std::string_view text, const EncodeOption
       EraseAll(options.marker, &unmarked);
       plain = unmarked;
     }
-    impl_->EncodePlain(plain, &out);
+    impl_->EncodePlain(plain, options.most, &out);
     if (match.id >= 0) out.push_back(match.id);
     begin = match.end;
   }

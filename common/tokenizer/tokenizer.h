@@ -51,6 +51,8 @@ struct EncodeOptions {
   // A code point (UTF-8) that is taken out of the text after special tokens were looked for and before the
   // rest is encoded: put inside the spelling of a control token, it makes that plain text. Empty = none.
   std::string_view marker = {};
+  // Encoding may end early, with more tokens than this; nobody wants to know how many more there would be.
+  size_t most = SIZE_MAX;
 };
 
 struct DecodeOptions {

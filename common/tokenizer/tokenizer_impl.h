@@ -25,7 +25,8 @@ struct Tokenizer::Impl {
   absl::Status BuildSpecials();
 
   // Encodes text without special tokens.
-  void EncodePlain(std::string_view text, std::vector<int32_t>* out) const;
+  // May end early, with more than `most` tokens.
+  void EncodePlain(std::string_view text, size_t most, std::vector<int32_t>* out) const;
   // One piece of the pre-tokenizer.
   void EncodePiece(std::string_view piece, BpeMerger* merger, std::vector<int32_t>* symbols,
                    std::vector<int32_t>* out) const;
@@ -38,7 +39,8 @@ struct Tokenizer::Impl {
   int32_t byte_ids[256];
   std::unique_ptr<MergeTable> merges;
   std::unique_ptr<std::atomic<uint8_t>[]> whole;
-  size_t longest_token = 0;  // bytes, of normal ones
+  size_t longest_token = 0;   // bytes, of normal ones
+  size_t longest_of_all = 1;  // likewise
   PreTokenizer pre_tokenizer = nullptr;
   SpecialMatcher user_defined;  // found in every text
   SpecialMatcher all_special;   // with the control tokens, for parse_special

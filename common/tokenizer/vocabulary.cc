@@ -194,6 +194,7 @@ absl::Status Tokenizer::Impl::BuildTokens() {
       }
       bytes[i] = std::string(1, static_cast<char>(byte));
     }
+    longest_of_all = std::max({longest_of_all, bytes[i].size(), token.size()});
   }
   for (int b = 0; b < 256; ++b) {
     if (byte_ids[b] >= 0) continue;

@@ -77,6 +77,8 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& op
   api_options.api_key = options.api_key;
   api_options.defaults = {options.default_temperature, options.default_top_p};
   api_options.request_timeout = options.request_timeout;
+  api_options.stream_head_after = options.stream_head_after;
+  api_options.stream_comment_after = options.stream_comment_after;
   api_options.cors = options.cors;
   ApiParts parts{impl->engines.get(),  impl->admission.get(),
                  impl->sessions.get(), &impl->metrics,

@@ -34,6 +34,10 @@ struct GatewayOptions {
   absl::Duration write_timeout = absl::Seconds(60);
   absl::Duration request_timeout = absl::InfiniteDuration();
   absl::Duration resume_timeout = absl::Seconds(30);
+  // A long prompt takes minutes, and clients and proxies give up connections on which nothing comes: of a
+  // stream the head (until then an error still gets a status code of its own), then comments in silence.
+  absl::Duration stream_head_after = absl::Seconds(5);
+  absl::Duration stream_comment_after = absl::Seconds(10);
   rpc::TlsOptions grpc_tls;    // of our gRPC server
   rpc::TlsOptions engine_tls;  // towards the engines
 };

@@ -1,11 +1,13 @@
 // The REST interface against a scripted engine.
 #include <algorithm>
+#include <set>
 
 #include "services/gateway/testing/gateway_fixture.h"
 
 namespace tandem::gateway {
 namespace {
 
+using ::testing::EndsWith;
 using testing::FakeEngine;
 using ::testing::HasSubstr;
 using testing::HttpReply;
@@ -144,15 +146,16 @@ TEST_F(RestTest, SeveralChoices) {
   Start();
   const Json json = Parse(Chat(R"("n":3,"seed":10)"));
   ASSERT_EQ(json["choices"].size(), 3u);
-  std::vector<uint64_t> seeds;
-  for (const auto& request : engine_->requests()) seeds.push_back(request.sampling().seed());
-  std::sort(seeds.begin(), seeds.end());
-  EXPECT_EQ(seeds, (std::vector<uint64_t>{10, 11, 12}));
+  std::set<uint64_t> seeds;
+  for (const auto& request : engine_->requests()) seeds.insert(request.sampling().seed());
+  EXPECT_EQ(seeds.size(), 3u);
+  EXPECT_TRUE(seeds.contains(10));
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(json["choices"][i]["index"], i);
     EXPECT_EQ(json["choices"][i]["message"]["content"], "Hello there.");
   }
   EXPECT_EQ(json["usage"]["prompt_tokens"], engine_->requests()[0].prompt_tokens_size());
+  EXPECT_EQ(json["usage"]["prompt_tokens_details"]["cached_tokens"], 3);  // of the prompt, which counts once
 
   const Streamed stream = ParseStream(Chat(R"("n":2,"stream":true)"));
   std::string contents[2];
@@ -171,29 +174,105 @@ TEST_F(RestTest, SeveralChoices) {
 TEST_F(RestTest, ChatLogprobs) {
   Start();
   FakeEngine::Script script;
-  script.text = "</think>Hello there.";
+  script.text = "I see.</think>\n\nHello there.";
   engine_->SetScript(script);
-  const Json content =
-      Parse(Chat(R"("logprobs":true,"top_logprobs":2)"))["choices"][0]["logprobs"]["content"];
-  std::string text;
-  for (const Json& token : content) {
-    text += token["token"].get<std::string>();
-    EXPECT_FLOAT_EQ(token["logprob"], -0.25f);
-    EXPECT_EQ(token["top_logprobs"].size(), 2u);
-    EXPECT_EQ(token["bytes"].size(), token["token"].get<std::string>().size());
+  const Json logprobs = Parse(Chat(R"("logprobs":true,"top_logprobs":2)"))["choices"][0]["logprobs"];
+  std::string text, thought;
+  for (const auto& [list, to] : {std::pair("content", &text), std::pair("reasoning_content", &thought)}) {
+    for (const Json& token : logprobs[list]) {
+      *to += token["token"].get<std::string>();
+      EXPECT_FLOAT_EQ(token["logprob"], -0.25f);
+      EXPECT_EQ(token["top_logprobs"].size(), 2u);
+      EXPECT_EQ(token["bytes"].size(), token["token"].get<std::string>().size());
+    }
   }
-  EXPECT_EQ(text, "</think>Hello there.");  // every generated token is there
+  EXPECT_EQ(text, "Hello there.");           // as in the message
+  EXPECT_EQ(thought, "I see.</think>\n\n");  // and every other token that was generated
   // Streamed, with a stop string: the tokens of the stop string stay away.
   const Streamed stream = ParseStream(Chat(R"("logprobs":true,"stream":true,"stop":"there")"));
   text.clear();
   for (const Json& chunk : stream.chunks) {
-    const Json& logprobs = chunk["choices"][0]["logprobs"];
-    if (logprobs.is_object()) {
-      for (const Json& token : logprobs["content"]) text += token["token"].get<std::string>();
+    const Json& part = chunk["choices"][0]["logprobs"];
+    if (part.is_object()) {
+      for (const Json& token : part["content"]) text += token["token"].get<std::string>();
     }
   }
-  EXPECT_THAT(text, StartsWith("</think>Hello"));
+  EXPECT_THAT(text, StartsWith("Hello"));
   EXPECT_EQ(text.find("there"), std::string::npos);
+}
+
+// Streamed or not, with tokens that are cut within a character, and held back for a stop string.
+TEST_F(RestTest, TextOffsetsAreOfCharacters) {
+  Start();
+  FakeEngine::Script script;
+  script.text = "né 日本 🙂 the thé thing";
+  engine_->SetScript(script);
+  for (const char* stop : {"", R"(,"stop":["thing"])", R"(,"stop":["th"])"}) {
+    const std::string body = absl::StrCat(R"({"prompt":"a","max_tokens":100,"logprobs":2)", stop);
+    const Json whole = Parse(Call("POST", "/v1/completions", body + "}"))["choices"][0];
+    const std::string text = whole["text"];
+    std::vector<size_t> starts;  // of the text's characters, in bytes
+    for (size_t i = 0; i < text.size(); ++i) {
+      if ((static_cast<unsigned char>(text[i]) & 0xc0) != 0x80) starts.push_back(i);
+    }
+    const Json& logprobs = whole["logprobs"];
+    ASSERT_GT(logprobs["tokens"].size(), 5u);
+    size_t bytes = 0;
+    for (size_t i = 0; i < logprobs["tokens"].size(); ++i) {
+      const std::string token = logprobs["tokens"][i];
+      // The character that the token is of, or goes on with.
+      const auto next = std::upper_bound(starts.begin(), starts.end(), bytes);
+      EXPECT_EQ(logprobs["text_offset"][i], next - starts.begin() - 1) << token;
+      bytes += token.starts_with("bytes:") ? (token.size() - 6) / 4 : token.size();
+      EXPECT_TRUE(logprobs["top_logprobs"][i].contains(token)) << token;
+    }
+    Json offsets = Json::array();
+    for (const Json& chunk :
+         ParseStream(Call("POST", "/v1/completions", body + R"(,"stream":true})")).chunks) {
+      const Json& part = chunk["choices"][0]["logprobs"];
+      if (!part.is_object()) continue;
+      for (const Json& at : part["text_offset"]) offsets.push_back(at);
+    }
+    EXPECT_EQ(offsets, logprobs["text_offset"]);
+  }
+}
+
+TEST_F(RestTest, SeedsOfChoicesAreFarApart) {
+  Start();
+  std::vector<uint64_t> seeds;
+  for (const int seed : {5, 6}) {
+    Chat(absl::StrCat(R"("n":2,"seed":)", seed));
+    const auto requests = engine_->requests();
+    ASSERT_EQ(requests.size(), seeds.size() + 2);
+    for (size_t i = requests.size() - 2; i < requests.size(); ++i)
+      seeds.push_back(requests[i].sampling().seed());
+  }
+  std::sort(seeds.begin(), seeds.end());
+  EXPECT_EQ(seeds[0], 5u);  // the first choice is what the request would be alone
+  EXPECT_EQ(seeds[1], 6u);
+  EXPECT_GT(seeds[2], 1u << 20);
+  EXPECT_NE(seeds[2], seeds[3]);
+  // Each prompt's first choice likewise.
+  Call("POST", "/v1/completions", R"({"prompt":["a","b"],"seed":9,"max_tokens":1})");
+  EXPECT_EQ(engine_->requests().back().sampling().seed(), 9u);
+}
+
+// Nothing comes for a while: the head, then comments, and the answer as ever.
+TEST_F(RestTest, StreamsShowSignsOfLife) {
+  options_.stream_head_after = absl::Milliseconds(50);
+  options_.stream_comment_after = absl::Milliseconds(50);
+  Start();
+  FakeEngine::Script script;
+  script.text = "</think>Hi";
+  script.delay = std::chrono::milliseconds(300);
+  engine_->SetScript(script);
+  const HttpReply reply = Chat(R"("stream":true)");
+  EXPECT_EQ(reply.status, 200);
+  const size_t role = reply.body.find(R"("role":"assistant")"), comment = reply.body.find(": keep-alive\n\n");
+  EXPECT_LT(role, comment);
+  ASSERT_NE(comment, std::string::npos);
+  EXPECT_LT(comment, reply.body.find("Hi"));
+  EXPECT_THAT(reply.body, EndsWith("data: [DONE]\n\n"));
 }
 
 TEST_F(RestTest, CompletionsOfStringsAndTokens) {

@@ -30,9 +30,11 @@ void TakeChoice(const Json& choice, const char* part, Answer* answer) {
   }
   AppendText(choice, "text", &answer->content);
   AppendText(choice, "finish_reason", &answer->finish);
-  if (choice.contains("logprobs") && choice["logprobs"].is_object() &&
-      choice["logprobs"].contains("content")) {
-    for (const Json& token : choice["logprobs"]["content"]) answer->logprobs.push_back(token);
+  if (choice.contains("logprobs") && choice["logprobs"].is_object()) {
+    for (const char* list : {"reasoning_content", "content"}) {
+      if (!choice["logprobs"].contains(list)) continue;
+      for (const Json& token : choice["logprobs"][list]) answer->logprobs.push_back(token);
+    }
   }
 }
 

@@ -27,7 +27,7 @@ struct Answer {
   std::string reasoning, content;  // content: also a completion's text
   std::string finish;
   Json usage;         // null if none came
-  Json logprobs;      // array of {"token", "logprob", "top_logprobs", ...}, of a chat alone
+  Json logprobs;      // array of {"token", "logprob", ...}, of a chat alone: reasoning, then content
   Json error;         // null if all went well
   int events = 0;     // of a stream, [DONE] left out
   bool done = false;  // [DONE] came, last

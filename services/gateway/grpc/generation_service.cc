@@ -27,8 +27,9 @@ namespace {
 class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
                      public std::enable_shared_from_this<Stream> {
  public:
-  Stream(const GenerationServiceParts& parts, Admission::Ticket ticket, size_t max_output_bytes)
-      : parts_(parts), max_output_bytes_(max_output_bytes), ticket_(std::move(ticket)) {}
+  Stream(const GenerationServiceParts& parts, Admission::Ticket ticket, size_t max_output_bytes,
+         absl::Time deadline)
+      : parts_(parts), max_output_bytes_(max_output_bytes), deadline_(deadline), ticket_(std::move(ticket)) {}
 
   void Hold(std::shared_ptr<Stream> self) { self_ = std::move(self); }
 
@@ -45,7 +46,7 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
       session_ = session;
       cancelled = cancelled_;
     }
-    if (cancelled) session->Cancel();
+    if (cancelled) session->Cancel(Why());
   }
 
   void Refuse(const absl::Status& status) {
@@ -71,7 +72,7 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
       cancelled_ = true;
       session = session_;
     }
-    if (session != nullptr) session->Cancel();
+    if (session != nullptr) session->Cancel(Why());
   }
 
   void OnDone() override {
@@ -90,6 +91,12 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
    private:
     const std::shared_ptr<Stream> stream_;
   };
+
+  // gRPC cancels at the deadline, too.
+  absl::Status Why() const {
+    if (absl::Now() < deadline_) return absl::CancelledError("the client is gone");
+    return absl::DeadlineExceededError("the request's deadline has passed");
+  }
 
   bool Deliver(Delta delta) {
     v1::GenerationResponse response;
@@ -143,6 +150,7 @@ class Stream final : public grpc::ServerWriteReactor<v1::GenerationResponse>,
 
   const GenerationServiceParts parts_;
   const size_t max_output_bytes_;
+  const absl::Time deadline_;
   std::string id_;
   absl::Time arrived_;
   double tokenize_seconds_ = 0;
@@ -183,11 +191,11 @@ class GenerationService final : public v1::Generation::CallbackService {
     if (context->deadline() != std::chrono::system_clock::time_point::max()) {
       deadline = std::min(deadline, absl::FromChrono(context->deadline()));
     }
-    auto stream = std::make_shared<Stream>(parts_, std::move(*ticket), options_.max_output_bytes);
+    auto stream = std::make_shared<Stream>(parts_, std::move(*ticket), options_.max_output_bytes, deadline);
     stream->Hold(stream);
     // The request belongs to gRPC and lives until the call ends, which the stream's hold outlasts.
     auto task = [this, stream, request, arrived, deadline] { Run(stream, *request, arrived, deadline); };
-    if (!parts_.work->TryPush(std::move(task))) {
+    if (!parts_.work->TryPush(request->ByteSizeLong(), std::move(task))) {
       stream->Refuse(absl::ResourceExhaustedError("too many requests are waiting"));
     }
     return stream.get();
@@ -195,7 +203,7 @@ class GenerationService final : public v1::Generation::CallbackService {
 
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context, const v1::TokenizeRequest* request,
                                      v1::TokenizeResponse* response) override {
-    return Unary(context, [this, request, response] {
+    return Unary(context, request->ByteSizeLong(), [this, request, response] {
       const std::shared_ptr<const ModelContext> model = parts_.engines->model();
       if (model == nullptr) return parts_.engines->status();
       tokenizer::EncodeOptions options;
@@ -211,7 +219,7 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
                                        const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
-    return Unary(context, [this, request, response] {
+    return Unary(context, request->ByteSizeLong(), [this, request, response] {
       const std::shared_ptr<const ModelContext> model = parts_.engines->model();
       if (model == nullptr) return parts_.engines->status();
       const std::vector<int32_t> tokens(request->tokens().begin(), request->tokens().end());
@@ -229,7 +237,7 @@ class GenerationService final : public v1::Generation::CallbackService {
 
   grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context, const v1::ListModelsRequest*,
                                        v1::ListModelsResponse* response) override {
-    return Unary(context, [this, response] {
+    return Unary(context, 0, [this, response] {
       const std::shared_ptr<const ModelContext> model = parts_.engines->model();
       if (model == nullptr) return parts_.engines->status();
       response->add_ids(model->id());
@@ -250,11 +258,12 @@ class GenerationService final : public v1::Generation::CallbackService {
   }
 
   template <typename Work>
-  grpc::ServerUnaryReactor* Unary(grpc::CallbackServerContext* context, Work work) {
+  grpc::ServerUnaryReactor* Unary(grpc::CallbackServerContext* context, size_t input_bytes, Work work) {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
     if (absl::Status allowed = Authorize(*context); !allowed.ok()) {
       reactor->Finish(rpc::ToGrpc(allowed));
-    } else if (!parts_.work->TryPush([reactor, work] { reactor->Finish(rpc::ToGrpc(work())); })) {
+    } else if (!parts_.work->TryPush(input_bytes,
+                                     [reactor, work] { reactor->Finish(rpc::ToGrpc(work())); })) {
       reactor->Finish(rpc::ToGrpc(absl::ResourceExhaustedError("too many requests are waiting")));
     }
     return reactor;
@@ -268,6 +277,7 @@ class GenerationService final : public v1::Generation::CallbackService {
     if (!spec.ok()) return stream->Refuse(spec.status());
     spec->request_id = MakeId("gen-");
     spec->deadline = deadline;
+    spec->arrived = arrived;
     stream->Begin(std::move(*spec), model, arrived, absl::ToDoubleSeconds(absl::Now() - start));
   }
 

@@ -177,10 +177,11 @@ void Api::Defer(Worker worker, Request request, Responder responder) {
     return Send(responder, FromHttpStatus(503, std::string(parts_.engines->status().message())));
   }
   auto shared = std::make_shared<Responder>(std::move(responder));
+  const size_t bytes = request.body.size();
   auto task = [this, worker, shared, model = std::move(model), request = std::move(request)] {
     (this->*worker)(request, *shared, model);
   };
-  if (!parts_.work->TryPush(std::move(task))) {
+  if (!parts_.work->TryPush(bytes, std::move(task))) {
     Send(*shared, FromHttpStatus(429, "too many requests are waiting"));
   }
 }

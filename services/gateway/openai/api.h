@@ -20,6 +20,8 @@ struct ApiOptions {
   std::string api_key;  // empty: none is asked for
   RequestDefaults defaults;
   absl::Duration request_timeout = absl::InfiniteDuration();
+  absl::Duration stream_head_after = absl::Seconds(5);  // see GatewayOptions
+  absl::Duration stream_comment_after = absl::Seconds(10);
   bool cors = false;  // answer OPTIONS
 };
 

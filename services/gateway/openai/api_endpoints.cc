@@ -46,6 +46,15 @@ std::optional<ApiError> CheckModel(const ModelContext& model, const std::string&
   return error;
 }
 
+// The first choice of each prompt has the request's seed, as if it were asked for alone; the others' are far
+// from it and from the neighbours' (the finalizer of splitmix64).
+uint64_t SeedOfChoice(uint64_t seed, int choice) {
+  uint64_t z = seed + static_cast<uint64_t>(choice) * 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
 }  // namespace
 
 void Api::Chat(Request request, Responder responder) {
@@ -85,7 +94,7 @@ void Api::Generate(Request request, Responder responder, bool chat) {
     const auto run = chat ? &Api::RunChat : &Api::RunCompletions;
     (this->*run)(held->request, std::move(held->responder), std::move(held->ticket), held->arrived);
   };
-  if (!parts_.work->TryPush(std::move(task))) {
+  if (!parts_.work->TryPush(held->request.body.size(), std::move(task))) {
     RefuseGeneration(held->responder, FromHttpStatus(429, "too many requests are waiting"));
   }
 }
@@ -163,6 +172,9 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
   job.stream = common.stream;
   job.include_usage = common.include_usage;
   job.logprobs = common.logprobs;
+  job.choices_a_prompt = common.n;
+  job.head_after = options_.stream_head_after;
+  job.comment_after = options_.stream_comment_after;
   job.arrived = arrived;
   job.tokenize_seconds = tokenize_seconds;
   if (!common.has_seed) common.sampling.seed = RandomSeed();
@@ -181,7 +193,7 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
       spec.prompt_tokens = i + 1 < common.n ? prompts[p].tokens : std::move(prompts[p].tokens);
       spec.max_new_tokens = *new_tokens;
       spec.sampling = common.sampling;
-      spec.sampling.seed += job.sequences.size();
+      if (i > 0) spec.sampling.seed = SeedOfChoice(common.sampling.seed, i);
       spec.stop = common.stop;
       spec.ignore_eos = common.ignore_eos;
       spec.logprobs = common.logprobs;
@@ -189,6 +201,7 @@ void Api::Launch(bool chat, CommonRequest& common, std::vector<Prompt> prompts,
       spec.split_reasoning = chat;
       spec.starts_in_reasoning = prompts[p].starts_in_reasoning;
       spec.deadline = arrived + options_.request_timeout;
+      spec.arrived = arrived;
       job.sequences.push_back(std::move(spec));
       if (!echoes.empty()) job.echoes.push_back(echoes[p]);
     }

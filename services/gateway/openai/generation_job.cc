@@ -1,11 +1,19 @@
 #include "services/gateway/openai/generation_job.h"
 
+#include <grpcpp/alarm.h>
+
+#include <algorithm>
 #include <utility>
 
 #include "absl/time/clock.h"
 #include "services/gateway/session/request_log.h"
 
 namespace tandem::gateway {
+namespace {
+
+constexpr std::string_view kComment = ": keep-alive\n\n";
+
+}  // namespace
 
 class GenerationJob::ChoiceListener final : public GenerationListener {
  public:
@@ -26,8 +34,9 @@ GenerationJob::GenerationJob(JobSpec spec, GatewayMetrics* metrics, std::shared_
       responder_(std::move(responder)),
       ticket_(std::move(ticket)),
       choices_(spec_.sequences.size()),
-      sent_bytes_(spec_.sequences.size()),
       results_(spec_.sequences.size()) {}
+
+GenerationJob::~GenerationJob() = default;
 
 void GenerationJob::Start(JobSpec spec, SessionEnvironment* environment, GatewayMetrics* metrics,
                           const std::shared_ptr<const ModelContext>& model, Responder responder,
@@ -41,6 +50,10 @@ void GenerationJob::Start(JobSpec spec, SessionEnvironment* environment, Gateway
         GenerationSession::Start(environment, model, std::move(sequences[i]), std::move(listener));
     std::lock_guard lock(job->mutex_);
     job->sessions_.push_back(std::move(session));
+  }
+  if (job->spec_.stream) {
+    std::lock_guard lock(job->mutex_);
+    if (job->done_ < job->results_.size() && !job->failed_) job->SetAlarm(job->spec_.head_after);
   }
   job->responder_.OnDisconnect([weak = std::weak_ptr<GenerationJob>(job)] {
     if (const std::shared_ptr<GenerationJob> running = weak.lock()) running->CancelAll();
@@ -57,12 +70,42 @@ void GenerationJob::CancelAll() {
   for (const auto& session : sessions) session->Cancel();
 }
 
-bool GenerationJob::Write(const std::string& json) { return responder_.Write(SseEvent(json)); }
+bool GenerationJob::Write(const std::string& json) {
+  written_ = absl::Now();
+  return responder_.Write(SseEvent(json));
+}
 
-// The status line waits for the first text: until then an error still gets its own status code.
+void GenerationJob::SetAlarm(absl::Duration from_now) {
+  alarm_ = std::make_unique<grpc::Alarm>();
+  const auto when = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(from_now);
+  alarm_->Set(when, [weak = weak_from_this()](bool passed) {
+    const std::shared_ptr<GenerationJob> job = passed ? weak.lock() : nullptr;
+    if (job == nullptr) return;
+    std::lock_guard lock(job->mutex_);
+    job->OnAlarm();
+  });
+}
+
+// Nothing may have come for a while: the head, or a comment, which clients pass over.
+void GenerationJob::OnAlarm() {
+  if (failed_ || done_ == results_.size()) return;
+  const absl::Duration silent = absl::Now() - written_;
+  if (!streaming_) {
+    BeginStream();
+  } else if (silent >= spec_.comment_after) {
+    written_ = absl::Now();
+    responder_.Write(kComment);
+  } else {
+    return SetAlarm(spec_.comment_after - silent);
+  }
+  SetAlarm(spec_.comment_after);
+}
+
+// The status line waits for the first text, if that does not take too long.
 bool GenerationJob::BeginStream() {
   if (streaming_) return true;
   streaming_ = true;
+  written_ = absl::Now();
   responder_.StartStream(
       200, "text/event-stream; charset=utf-8",
       {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}, {"X-Request-Id", spec_.head.id}});
@@ -72,8 +115,8 @@ bool GenerationJob::BeginStream() {
     if (!spec_.echoes.empty()) {
       Delta echo;
       echo.content = spec_.echoes[i];
-      if (!Write(FormatDeltaChunk(spec_.head, index, echo, false, spec_.include_usage, 0,
-                                  model_->tokenizer()))) {
+      if (!Write(
+              FormatDeltaChunk(spec_.head, index, echo, false, spec_.include_usage, model_->tokenizer()))) {
         return false;
       }
     }
@@ -84,19 +127,16 @@ bool GenerationJob::BeginStream() {
 bool GenerationJob::OnDelta(int index, Delta delta) {
   std::lock_guard lock(mutex_);
   if (failed_) return false;
-  const size_t i = static_cast<size_t>(index);
   if (!spec_.stream) {
-    Choice& choice = choices_[i];
+    Choice& choice = choices_[static_cast<size_t>(index)];
     choice.reasoning += delta.reasoning;
     choice.content += delta.content;
     for (TokenInfo& token : delta.tokens) choice.tokens.push_back(std::move(token));
     return true;
   }
   if (!BeginStream()) return false;
-  const size_t offset = sent_bytes_[i];
-  sent_bytes_[i] += delta.content.size();
-  return Write(FormatDeltaChunk(spec_.head, index, delta, spec_.logprobs, spec_.include_usage, offset,
-                                model_->tokenizer()));
+  return Write(
+      FormatDeltaChunk(spec_.head, index, delta, spec_.logprobs, spec_.include_usage, model_->tokenizer()));
 }
 
 void GenerationJob::OnDone(int index, const GenerationResult& result) {
@@ -131,18 +171,24 @@ void GenerationJob::Fail(const absl::Status& status) {
 UsageCounts GenerationJob::Usage() const {
   UsageCounts usage;
   usage.prompt_tokens = spec_.prompt_tokens;
-  for (const GenerationResult& result : results_) {
-    usage.cached_tokens += result.cached_prompt_tokens;
-    usage.completion_tokens += result.completion_tokens;
-    usage.reasoning_tokens += result.reasoning_tokens;
+  const auto together = static_cast<size_t>(spec_.choices_a_prompt);
+  for (size_t i = 0; i < results_.size(); i += together) {
+    // What one choice of a prompt has computed is in the cache for the next one: the first one's counts.
+    uint32_t cached = results_[i].cached_prompt_tokens;
+    for (size_t j = i; j < std::min(i + together, results_.size()); ++j) {
+      cached = std::min(cached, results_[j].cached_prompt_tokens);
+      usage.completion_tokens += results_[j].completion_tokens;
+      usage.reasoning_tokens += results_[j].reasoning_tokens;
+    }
+    usage.cached_tokens += cached;
   }
-  usage.cached_tokens = std::min(usage.cached_tokens, usage.prompt_tokens);
   return usage;
 }
 
 void GenerationJob::Complete() {
   // First the room and the books, then the answer: who has his answer may come again at once.
   ticket_.reset();
+  alarm_.reset();
   RecordRequest(spec_.head.id, results_, spec_.tokenize_seconds,
                 absl::ToDoubleSeconds(absl::Now() - spec_.arrived), *metrics_);
   sessions_.clear();

@@ -16,6 +16,10 @@
 #include "services/gateway/session/generation.h"
 #include "services/gateway/session/session.h"
 
+namespace grpc {
+class Alarm;
+}
+
 namespace tandem::gateway {
 
 struct JobSpec {
@@ -25,9 +29,11 @@ struct JobSpec {
   bool logprobs = false;
   absl::Time arrived;
   double tokenize_seconds = 0;
-  std::vector<GenerationSpec> sequences;  // one a choice
-  std::vector<std::string> echoes;        // put before each choice's text; empty, or one a choice
-  uint64_t prompt_tokens = 0;             // for usage: each prompt counts once
+  std::vector<GenerationSpec> sequences;  // one a choice, those of a prompt one after the other
+  int choices_a_prompt = 1;
+  absl::Duration head_after, comment_after;  // of a stream, see GatewayOptions
+  std::vector<std::string> echoes;           // put before each choice's text; empty, or one a choice
+  uint64_t prompt_tokens = 0;                // for usage: each prompt counts once
 };
 
 // Keeps itself alive until every sequence has ended. Thread-safe.
@@ -38,6 +44,7 @@ class GenerationJob : public std::enable_shared_from_this<GenerationJob> {
                     Admission::Ticket ticket);
   GenerationJob(JobSpec spec, GatewayMetrics* metrics, std::shared_ptr<const ModelContext> model,
                 Responder responder, Admission::Ticket ticket);
+  ~GenerationJob();
 
  private:
   class ChoiceListener;
@@ -48,6 +55,8 @@ class GenerationJob : public std::enable_shared_from_this<GenerationJob> {
 
   // With mutex_ held.
   bool BeginStream();
+  void SetAlarm(absl::Duration from_now);
+  void OnAlarm();
   bool Write(const std::string& json);
   void Fail(const absl::Status& status);
   void Complete();
@@ -62,11 +71,12 @@ class GenerationJob : public std::enable_shared_from_this<GenerationJob> {
   std::optional<Admission::Ticket> ticket_;
   std::vector<std::shared_ptr<GenerationSession>> sessions_;
   std::vector<Choice> choices_;
-  std::vector<size_t> sent_bytes_;  // of text, one a choice
   std::vector<GenerationResult> results_;
   size_t done_ = 0;
-  bool streaming_ = false;  // the head is sent
-  bool failed_ = false;     // the answer is given, or cut: what still runs is of no use
+  bool streaming_ = false;                     // the head is sent
+  absl::Time written_ = absl::InfinitePast();  // when, something of a stream
+  std::unique_ptr<grpc::Alarm> alarm_;         // of a stream that has not ended
+  bool failed_ = false;                        // the answer is given, or cut: what still runs is of no use
 };
 
 }  // namespace tandem::gateway

@@ -73,12 +73,14 @@ void ParseSampling(Fields& fields, const RequestDefaults& defaults, Sampling* ou
   out->top_p = top_p <= 0 ? 1e-6f : static_cast<float>(top_p);  // 0: the likeliest token alone
   out->top_k = static_cast<uint32_t>(
       std::max<int64_t>(fields.Int("top_k", -1, kMaxTokensField).value_or(0), 0));  // -1: off, as in vLLM
-  out->min_p = static_cast<float>(fields.Number("min_p", 0, 1, /*open_most=*/true).value_or(0));
+  // As float32 it must stay below 1, too.
+  out->min_p = std::min(static_cast<float>(fields.Number("min_p", 0, 1, /*open_most=*/true).value_or(0)),
+                        0x1.fffffep-1f);
   out->presence_penalty = static_cast<float>(fields.Number("presence_penalty", -2, 2).value_or(0));
   out->frequency_penalty = static_cast<float>(fields.Number("frequency_penalty", -2, 2).value_or(0));
   const double repetition = fields.Number("repetition_penalty", 0, 10).value_or(1);
   if (repetition <= 0) return fields.Fail("repetition_penalty", "must be greater than 0", "out_of_range");
-  out->repetition_penalty = static_cast<float>(repetition);
+  out->repetition_penalty = std::max(static_cast<float>(repetition), std::numeric_limits<float>::min());
   if (const Json* seed = fields.Find("seed"); seed != nullptr && fields.ok()) {
     if (!seed->is_number_integer()) return fields.WrongType("seed", *seed, "an integer");
     out->seed =
@@ -134,7 +136,9 @@ void ParseContent(Fields& message, const std::string& role, Json* out) {
   const Json* content = message.Find("content");
   if (content == nullptr) {
     if (role != "assistant") return message.Fail("content", "is missing", "missing_field");
-    (*out)["content"] = nullptr;
+    // Templates know "no content" beside tool calls only.
+    const Json* calls = message.Find("tool_calls");
+    (*out)["content"] = calls != nullptr && calls->is_array() && !calls->empty() ? Json(nullptr) : Json("");
     return;
   }
   if (content->is_string()) {

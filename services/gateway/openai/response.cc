@@ -52,34 +52,50 @@ Json ChatToken(const tokenizer::Tokenizer& tokenizer, int32_t token, float logpr
   return json;
 }
 
+// The content's tokens, and in a list of their own (as in DeepSeek's API) those of reasoning.
 Json ChatLogprobs(const tokenizer::Tokenizer& tokenizer, const std::vector<TokenInfo>& tokens) {
   Json json;
   json["content"] = Json::array();
   for (const TokenInfo& info : tokens) {
+    const char* list = info.reasoning ? "reasoning_content" : "content";
     Json token = ChatToken(tokenizer, info.token, info.logprob);
     token["top_logprobs"] = Json::array();
     for (const TokenLogprob& top : info.top) {
       token["top_logprobs"].push_back(ChatToken(tokenizer, top.token, top.logprob));
     }
-    json["content"].push_back(std::move(token));
+    json[list].push_back(std::move(token));
   }
   json["refusal"] = nullptr;
   return json;
 }
 
-Json TextLogprobs(const tokenizer::Tokenizer& tokenizer, const std::vector<TokenInfo>& tokens,
-                  size_t offset) {
+// Names of tokens are keys here: one that is no text by itself is spelled as OpenAI does, bytes:\xf0\x9f.
+std::string TokenName(const tokenizer::Tokenizer& tokenizer, int32_t token) {
+  const std::string_view bytes = tokenizer.TokenBytes(token);
+  std::string text = tokenizer::SanitizeUtf8(bytes);
+  if (text == bytes) return text;
+  std::string name = "bytes:";
+  constexpr char kDigits[] = "0123456789abcdef";
+  for (const char c : bytes) {
+    const auto byte = static_cast<unsigned char>(c);
+    name += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+  }
+  return name;
+}
+
+Json TextLogprobs(const tokenizer::Tokenizer& tokenizer, const std::vector<TokenInfo>& tokens) {
   Json json;
   for (const char* name : {"tokens", "token_logprobs", "top_logprobs", "text_offset"})
     json[name] = Json::array();
   for (const TokenInfo& info : tokens) {
-    json["tokens"].push_back(TokenText(tokenizer, info.token));
+    json["tokens"].push_back(TokenName(tokenizer, info.token));
     json["token_logprobs"].push_back(Finite(info.logprob));
     Json top = Json::object();
-    for (const TokenLogprob& one : info.top) top[TokenText(tokenizer, one.token)] = Finite(one.logprob);
+    for (const TokenLogprob& one : info.top) top[TokenName(tokenizer, one.token)] = Finite(one.logprob);
+    // The token itself is always there, if it is not among the likeliest as one more.
+    top[TokenName(tokenizer, info.token)] = Finite(info.logprob);
     json["top_logprobs"].push_back(std::move(top));
-    json["text_offset"].push_back(offset);
-    offset += tokenizer.TokenBytes(info.token).size();
+    json["text_offset"].push_back(info.text_offset);
   }
   return json;
 }
@@ -110,7 +126,7 @@ std::string FormatAnswer(const AnswerHead& head, const std::vector<Choice>& choi
       choice["logprobs"] = logprobs ? ChatLogprobs(tokenizer, from.tokens) : Json(nullptr);
     } else {
       choice["text"] = from.content;
-      choice["logprobs"] = logprobs ? TextLogprobs(tokenizer, from.tokens, 0) : Json(nullptr);
+      choice["logprobs"] = logprobs ? TextLogprobs(tokenizer, from.tokens) : Json(nullptr);
     }
     choice["finish_reason"] = FinishName(from.finish);
     root["choices"].push_back(std::move(choice));
@@ -129,7 +145,7 @@ std::string FormatRoleChunk(const AnswerHead& head, int index, bool usage) {
 }
 
 std::string FormatDeltaChunk(const AnswerHead& head, int index, const Delta& delta, bool logprobs, bool usage,
-                             size_t text_offset, const tokenizer::Tokenizer& tokenizer) {
+                             const tokenizer::Tokenizer& tokenizer) {
   Json choice;
   choice["index"] = index;
   if (head.chat) {
@@ -140,7 +156,7 @@ std::string FormatDeltaChunk(const AnswerHead& head, int index, const Delta& del
     choice["logprobs"] = logprobs ? ChatLogprobs(tokenizer, delta.tokens) : Json(nullptr);
   } else {
     choice["text"] = delta.content;
-    choice["logprobs"] = logprobs ? TextLogprobs(tokenizer, delta.tokens, text_offset) : Json(nullptr);
+    choice["logprobs"] = logprobs ? TextLogprobs(tokenizer, delta.tokens) : Json(nullptr);
   }
   choice["finish_reason"] = nullptr;
   return ChunkText(head, std::move(choice), usage);

@@ -38,11 +38,11 @@ struct Choice {
 std::string FormatAnswer(const AnswerHead& head, const std::vector<Choice>& choices, const UsageCounts& usage,
                          bool logprobs, const tokenizer::Tokenizer& tokenizer);
 
-// Chunks of a stream. The first of a chat's choice says the role; `text_offset`: bytes of text that the
-// choice has sent so far (for a text completion's logprobs). `usage`: does every chunk carry "usage": null?
+// Chunks of a stream. The first of a chat's choice says the role. `usage`: does every chunk carry
+// "usage": null?
 std::string FormatRoleChunk(const AnswerHead& head, int index, bool usage);
 std::string FormatDeltaChunk(const AnswerHead& head, int index, const Delta& delta, bool logprobs, bool usage,
-                             size_t text_offset, const tokenizer::Tokenizer& tokenizer);
+                             const tokenizer::Tokenizer& tokenizer);
 std::string FormatFinishChunk(const AnswerHead& head, int index, Finish finish, bool usage);
 std::string FormatUsageChunk(const AnswerHead& head, const UsageCounts& usage);
 

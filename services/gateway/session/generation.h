@@ -35,8 +35,9 @@ struct GenerationSpec {
   bool ignore_eos = false;
   bool logprobs = false;
   uint32_t top_logprobs = 0;
-  bool split_reasoning = true;       // false: all text is content, tags included
-  bool starts_in_reasoning = false;  // the prompt ends inside <think>
+  bool split_reasoning = true;                // false: all text is content, tags included
+  bool starts_in_reasoning = false;           // the prompt ends inside <think>
+  absl::Time arrived = absl::InfinitePast();  // the request; InfinitePast: now
   absl::Time deadline = absl::InfiniteFuture();
 };
 
@@ -50,7 +51,8 @@ struct TokenInfo {
   int32_t token = 0;
   float logprob = 0;
   std::vector<TokenLogprob> top;
-  bool reasoning = false;
+  bool reasoning = false;    // its text is not in the content: reasoning, its tags, white space behind them
+  uint64_t text_offset = 0;  // code points of all visible text before it
 };
 
 struct Delta {

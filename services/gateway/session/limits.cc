@@ -18,9 +18,10 @@ absl::StatusOr<uint32_t> NewTokensFor(const ModelContext& model, const std::vect
   }
   const uint64_t context = model.limits().context_length;
   if (prompt.size() >= context) {
-    return absl::OutOfRangeError(absl::StrCat("this model's context is ", context,
-                                              " tokens, and the prompt has ", prompt.size(),
-                                              "; at least one must be left for the answer"));
+    const size_t told = std::min(prompt.size(), model.MostTokens());
+    return absl::OutOfRangeError(absl::StrCat(
+        "this model's context is ", context, " tokens, and the prompt has ",
+        told < prompt.size() ? "more than " : "", told, "; at least one must be left for the answer"));
   }
   const uint64_t room = context - prompt.size();
   return static_cast<uint32_t>(std::min<uint64_t>(asked.value_or(UINT32_MAX), room));

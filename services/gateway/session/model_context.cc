@@ -78,7 +78,7 @@ absl::StatusOr<Prompt> ModelContext::RenderChat(const nlohmann::ordered_json& me
   tokenizer::ApplyOptions options;
   options.extra = extra;
   TANDEM_ASSIGN_OR_RETURN(const tokenizer::RenderedPrompt rendered, chat_template_->Apply(messages, options));
-  return Prompt{chat_template_->Tokenize(rendered), rendered.thinking};
+  return Prompt{chat_template_->Tokenize(rendered, MostTokens()), rendered.thinking};
 }
 
 absl::StatusOr<std::string> ModelContext::RenderChatText(const nlohmann::ordered_json& messages,
@@ -94,6 +94,7 @@ Prompt ModelContext::EncodeText(std::string_view text) const {
   tokenizer::EncodeOptions options;
   options.add_special = true;
   options.parse_special = true;
+  options.most = MostTokens();
   return Prompt{tokenizer_->Encode(text, options), false};
 }
 

@@ -62,6 +62,9 @@ class ModelContext {
   // tokens that are spelled out count as such.
   Prompt EncodeText(std::string_view text) const;
 
+  // Longer prompts may be cut behind so many tokens: they are refused whatever comes after.
+  size_t MostTokens() const { return size_t{4} * limits_.context_length; }
+
   int32_t think_open_id() const { return think_open_; }    // -1: none
   int32_t think_close_id() const { return think_close_; }  // -1: none
   // Does the token show in the text? All but control tokens; of these only the marks of tool calls.

@@ -27,6 +27,10 @@ class ReasoningSplitter {
   bool in_reasoning() const {
     return state_ == State::kReasoning || (state_ == State::kStart && starts_in_reasoning_);
   }
+  // Text of the answer has begun, or would begin if what comes next is no tag.
+  bool in_answer() const {
+    return state_ == State::kAnswer || (state_ == State::kStart && !starts_in_reasoning_);
+  }
 
  private:
   enum class State { kStart, kReasoning, kAnswerStart, kAnswer };

@@ -62,7 +62,8 @@ GenerationSession::GenerationSession(SessionEnvironment* environment,
       decoder_(&model_->tokenizer()),
       stop_(spec_.stop),
       splitter_(spec_.starts_in_reasoning),
-      started_(absl::Now()) {
+      marks_(spec_.starts_in_reasoning),
+      started_(spec_.arrived == absl::InfinitePast() ? absl::Now() : spec_.arrived) {
   result_.prompt_tokens = static_cast<uint32_t>(spec_.prompt_tokens.size());
   environment_->metrics_->waiting.Add(1);
   environment_->metrics_->prompt_tokens.Add(result_.prompt_tokens);
@@ -224,21 +225,27 @@ void GenerationSession::TakeToken(const v1::GenerateEvent& event, int index, Del
   const bool last = event.finish_reason() == v1::FINISH_REASON_STOP && index + 1 == event.tokens_size();
   const bool end = !spec_.ignore_eos && model_->tokenizer().IsEndOfGeneration(id);
   if (last && end) return;
-  const bool reasoning = spec_.split_reasoning && (splitter_.in_reasoning() || id == model_->think_open_id());
-  if (reasoning) ++result_.reasoning_tokens;
+  if (spec_.split_reasoning && (marks_.in_reasoning() || id == model_->think_open_id())) {
+    ++result_.reasoning_tokens;
+  }
+  const std::string text = model_->Visible(id) ? decoder_.Push(id) : std::string();
+  if (spec_.split_reasoning) marks_.Push(text);
   if (spec_.logprobs) {
-    PendingToken pending{0, {id, token.logprob(), {}, reasoning}};
+    const bool reasoning = spec_.split_reasoning && (!marks_.in_answer() || id == model_->think_open_id());
+    PendingToken pending{0, {id, token.logprob(), {}, reasoning, text_chars_}};
     for (const v1::TokenLogprob& top : token.top_logprobs()) {
       pending.info.top.push_back({top.token(), top.logprob()});
     }
     pending_.push_back(std::move(pending));
   }
-  if (model_->Visible(id)) Emit(decoder_.Push(id), delta);
+  Emit(text, delta);
   if (spec_.logprobs) pending_.back().end = text_bytes_;
 }
 
 void GenerationSession::Emit(const std::string& text, Delta& delta) {
   text_bytes_ += text.size();
+  text_chars_ += static_cast<uint64_t>(std::count_if(
+      text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0) != 0x80; }));
   const std::string safe = stop_.Push(text);
   given_bytes_ += safe.size();
   if (!spec_.split_reasoning) {

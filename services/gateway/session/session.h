@@ -110,8 +110,11 @@ class GenerationSession final : public EngineListener,
   tokenizer::StreamDecoder decoder_;
   StopMatcher stop_;
   ReasoningSplitter splitter_;
-  size_t text_bytes_ = 0;   // of all text that went into stop_
-  size_t given_bytes_ = 0;  // and that came out
+  ReasoningSplitter
+      marks_;  // the same for tokens as they come: splitter_ may wait for the end of a stop string
+  uint64_t text_chars_ = 0;  // code points of all text that went into stop_
+  size_t text_bytes_ = 0;    // and bytes
+  size_t given_bytes_ = 0;   // and that came out
   struct PendingToken {
     size_t end;  // of its text, in the same count
     TokenInfo info;

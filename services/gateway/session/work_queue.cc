@@ -4,7 +4,8 @@
 
 namespace tandem::gateway {
 
-WorkQueue::WorkQueue(int threads, size_t capacity) : capacity_(capacity) {
+WorkQueue::WorkQueue(int threads, size_t capacity)
+    : capacity_(capacity), most_large_(threads > 1 ? threads - 1 : 1) {
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
 }
 
@@ -17,27 +18,41 @@ WorkQueue::~WorkQueue() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool WorkQueue::TryPush(std::function<void()>&& task) {
+bool WorkQueue::TryPush(size_t input_bytes, std::function<void()>&& task) {
   {
     std::lock_guard lock(mutex_);
-    if (stopping_ || tasks_.size() >= capacity_) return false;
-    tasks_.push_back(std::move(task));
+    if (stopping_ || small_.size() + large_.size() >= capacity_) return false;
+    (input_bytes > kLargeInput ? large_ : small_).push_back({++number_, std::move(task)});
   }
   changed_.notify_one();
   return true;
 }
 
+std::deque<WorkQueue::Task>* WorkQueue::Next() {
+  const bool large = !large_.empty() && large_running_ < most_large_;
+  if (large && (small_.empty() || large_.front().number < small_.front().number)) return &large_;
+  return small_.empty() ? nullptr : &small_;
+}
+
 void WorkQueue::Run() {
+  std::unique_lock lock(mutex_);
   while (true) {
-    std::function<void()> task;
-    {
-      std::unique_lock lock(mutex_);
-      changed_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      task = std::move(tasks_.front());
-      tasks_.pop_front();
-    }
-    task();
+    std::deque<Task>* queue = nullptr;
+    changed_.wait(lock, [&] {
+      queue = Next();
+      return queue != nullptr || (stopping_ && small_.empty() && large_.empty());
+    });
+    if (queue == nullptr) return;
+    const bool large = queue == &large_;
+    Task task = std::move(queue->front());
+    queue->pop_front();
+    large_running_ += large ? 1 : 0;
+    lock.unlock();
+    task.run();
+    task.run = nullptr;  // with what it holds
+    lock.lock();
+    large_running_ -= large ? 1 : 0;
+    if (large) changed_.notify_all();
   }
 }
 
