@@ -9,10 +9,13 @@
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/time.h"
 #include "cli/serve/launch_plan.h"
+#include "cli/serve/line_writer.h"
 #include "cli/serve/preflight.h"
 #include "cli/serve/runtime_folder.h"
 #include "cli/serve/supervisor.h"
@@ -142,15 +145,22 @@ absl::StatusOr<Prepared> Prepare(const ServeOptions& options, const std::string&
   return out;
 }
 
+constexpr absl::Duration kAlivePatience = absl::Seconds(2);
+
+// What the gateway answers at its health path; 0: nothing.
+int HealthOverHttp(const Process& process, milliseconds patience) {
+  const size_t path = process.health.rfind('/');
+  const absl::StatusOr<Url> url = ParseUrl(process.health.substr(0, path));
+  if (!url.ok()) return 0;
+  const auto reply = HttpClient(*url).Get(process.health.substr(path), patience);
+  return reply.ok() ? reply->status : 0;
+}
+
+bool HasHttp(const Process& process) { return process.health.rfind("http://", 0) == 0; }
+
 // One quick look: the supervisor asks again.
 bool IsServing(const Process& process) {
-  if (process.health.rfind("http://", 0) == 0) {
-    const size_t path = process.health.rfind('/');
-    const absl::StatusOr<Url> url = ParseUrl(process.health.substr(0, path));
-    if (!url.ok()) return false;
-    const auto reply = HttpClient(*url).Get(process.health.substr(path), milliseconds(500));
-    return reply.ok() && reply->status == 200;
-  }
+  if (HasHttp(process)) return HealthOverHttp(process, milliseconds(500)) == 200;
   // No channel to a socket that is not there yet: it would begin with a back-off of its own.
   std::error_code error;
   if (!std::filesystem::exists(process.health.substr(process.health.find(':') + 1), error)) return false;
@@ -158,23 +168,27 @@ bool IsServing(const Process& process) {
   return channel.ok() && rpc::WaitServing(**channel, process.health, absl::Milliseconds(150)).ok();
 }
 
+// Whatever it says: one that waits for its experts is alive.
+bool IsAlive(const Process& process) {
+  if (HasHttp(process)) return HealthOverHttp(process, absl::ToChronoMilliseconds(kAlivePatience)) != 0;
+  const auto channel = rpc::Connect(process.health);
+  return channel.ok() && rpc::Answers(**channel, kAlivePatience);
+}
+
 std::string ServerUrl(const ServeOptions& options, const Ports& ports) {
   const bool any = options.host == "0.0.0.0" || options.host == "::";
   return absl::StrCat("http://", HostPort{any ? "127.0.0.1" : options.host, ports.http}.ToString());
 }
 
-void AnnounceReady(const ServeOptions& options, const Ports& ports, double seconds) {
+std::string Announcement(const ServeOptions& options, const Ports& ports, double seconds) {
   const std::string url = ServerUrl(options, ports);
-  std::printf(
-      "\nTandem is ready (after %.1f s) at %s, gRPC at port %d. Try it:\n\n"
-      "  tandem chat%s%s\n\n"
-      "  curl -N %s/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-      "    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What is 123 + 456?\"}], \"stream\": "
-      "true}'\n\n"
-      "Ctrl-C stops it.\n",
-      seconds, url.c_str(), ports.grpc, ports.http == 10002 ? "" : " --url ",
-      ports.http == 10002 ? "" : url.c_str(), url.c_str());
-  std::fflush(stdout);
+  return absl::StrCat(absl::StrFormat("\nTandem is ready (after %.1f s) at ", seconds), url,
+                      ", gRPC at port ", ports.grpc, ". Try it:\n\n  tandem chat",
+                      ports.http == 10002 ? "" : " --url " + url, "\n\n  curl -N ", url,
+                      "/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+                      "    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What is 123 + 456?\"}], "
+                      "\"stream\": true}'\n\n"
+                      "Ctrl-C stops it.");
 }
 
 }  // namespace
@@ -191,15 +205,17 @@ int RunServe(const ServeOptions& options) {
   Say(absl::StrCat("tandem: ", prepared->summary));
 
   const bool color = isatty(STDERR_FILENO) == 1;
+  std::optional<LineWriter> log(std::in_place, STDERR_FILENO), out(std::in_place, STDOUT_FILENO);
   Supervisor::Options supervision;
   supervision.stop_patience = kStopPatience;
-  supervision.on_line = [color](const std::string& child, const std::string& line) {
-    Say(color ? absl::StrCat("\033[2m[", child, "]\033[0m ", line) : absl::StrCat("[", child, "] ", line));
+  supervision.on_line = [color, &log](const std::string& child, const std::string& line) {
+    log->Add(color ? absl::StrCat("\033[2m[", child, "]\033[0m ", line)
+                   : absl::StrCat("[", child, "] ", line));
   };
-  supervision.on_event = [](const std::string& message) { Say(absl::StrCat("tandem: ", message)); };
+  supervision.on_event = [&log](const std::string& message) { log->Add(absl::StrCat("tandem: ", message)); };
   supervision.on_all_ready = [&] {
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    AnnounceReady(options, prepared->ports, took.count());
+    out->Add(Announcement(options, prepared->ports, took.count()));
   };
   int code = 0;
   {
@@ -208,18 +224,26 @@ int RunServe(const ServeOptions& options) {
       supervisor.Add({.name = process.name,
                       .argv = process.argv,
                       .ready = [&process] { return IsServing(process); },
+                      .alive = [&process] { return IsAlive(process); },
                       .stop_order = process.stop_order});
     }
     running = &supervisor;
     struct sigaction action {};
     action.sa_handler = OnSignal;
-    for (const int number : {SIGINT, SIGTERM, SIGHUP}) sigaction(number, &action, nullptr);
+    for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
+      struct sigaction before {};
+      sigaction(number, nullptr, &before);
+      // nohup's wish is kept.
+      if (number != SIGHUP || before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+    }
     signal(SIGPIPE, SIG_IGN);
     code = supervisor.Run();
     for (const int number : {SIGINT, SIGTERM, SIGHUP}) signal(number, SIG_IGN);
     running = nullptr;
   }
-  Say(code == 0 ? "tandem: stopped" : "tandem: failed, see above");
+  log->Add(code == 0 ? "tandem: stopped" : "tandem: failed, see above");
+  out.reset();
+  log.reset();
   return code;
 }
 

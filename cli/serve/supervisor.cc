@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
@@ -46,18 +47,22 @@ std::string LastWords(const std::deque<std::string>& lines) {
   for (auto line = lines.rbegin(); line != lines.rend(); ++line) {
     if (line->find(" E ") != std::string::npos || line->find(" C ") != std::string::npos) return *line;
   }
-  return lines.empty() ? std::string() : lines.back();
+  for (auto line = lines.rbegin(); line != lines.rend(); ++line) {
+    if (line->rfind("Run with --help", 0) != 0) return *line;  // what is wrong stands before it
+  }
+  return std::string();
 }
 
-// In the child, between fork and exec: async-signal-safe calls only.
+// In the child, between fork and exec: async-signal-safe calls only. Signals are blocked: what is sent to
+// this process must neither run the parent's handlers nor be lost.
 [[noreturn]] void Become(char* const* argv, int output, pid_t parent) {
   setpgid(0, 0);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent) _exit(kCannotExecute);  // it died before the line above
+  for (const int signal_number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGCHLD}) signal(signal_number, SIG_DFL);
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
-  for (const int signal_number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGCHLD}) signal(signal_number, SIG_DFL);
   const int null = open("/dev/null", O_RDONLY);
   if (null >= 0) dup2(null, STDIN_FILENO);
   dup2(output, STDOUT_FILENO);
@@ -82,6 +87,8 @@ struct Supervisor::Child {
   bool ready = false;
   bool ever_ready = false;
   bool signalled = false;  // SIGTERM sent by AdvanceStop
+  bool killed = false;     // SIGKILL
+  int misses = 0;          // of `alive`, in a row
   int failures = 0;        // in a row
   bool at_once = false;    // after the first of them it was started again at once
   Clock::time_point ready_at;
@@ -133,8 +140,12 @@ void Supervisor::Start(Child& child) {
   for (std::string& word : child.spec.argv) argv.push_back(word.data());
   argv.push_back(nullptr);
   const pid_t parent = getpid();
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   const pid_t pid = fork();
   if (pid == 0) Become(argv.data(), ends[1], parent);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   close(ends[1]);
   if (pid < 0) {
     close(ends[0]);
@@ -150,7 +161,8 @@ void Supervisor::Start(Child& child) {
   child.partial.clear();
   child.last_lines.clear();
   child.ready = false;
-  child.signalled = false;
+  child.signalled = child.killed = false;
+  child.misses = 0;
   child.next_probe = Clock::now();
 }
 
@@ -211,7 +223,8 @@ void Supervisor::Failed(Child& child, int status) {
   const int waits = child.failures - (child.at_once ? 1 : 0);
   milliseconds wait = waits == 0 ? milliseconds(0) : options_.first_backoff;
   for (int i = 1; i < waits && wait < options_.max_backoff; ++i) wait *= 2;
-  wait = std::min(wait, options_.max_backoff);
+  wait = std::min(wait, child.ever_ready ? std::min(options_.max_backoff_once_ready, options_.max_backoff)
+                                         : options_.max_backoff);
   child.start_at = now + wait;
   Say(absl::StrCat(child.spec.name, " ended (", Describe(status), "); starting it again ",
                    waits == 0 ? "at once" : "in " + Seconds(wait)));
@@ -241,6 +254,7 @@ void Supervisor::CheckReady() {
       if (!child->spec.ready || child->spec.ready()) {
         child->ready = true;
         child->ready_at = Clock::now();
+        child->next_probe = Clock::now() + options_.alive_interval;
         if (child->ever_ready) Say(absl::StrCat(child->spec.name, " is back"));
         child->ever_ready = true;
       } else {
@@ -252,6 +266,19 @@ void Supervisor::CheckReady() {
   if (all && !announced_) {
     announced_ = true;
     if (options_.on_all_ready) options_.on_all_ready();
+  }
+}
+
+void Supervisor::CheckAlive() {
+  for (const auto& child : children_) {
+    if (child->pid <= 0 || !child->ready || !child->spec.alive || Clock::now() < child->next_probe) continue;
+    child->misses = child->spec.alive() ? 0 : child->misses + 1;
+    child->next_probe = Clock::now() + options_.alive_interval;
+    if (child->misses < options_.hangs_after) continue;
+    child->misses = 0;
+    Say(absl::StrCat(child->spec.name, " has not answered ", options_.hangs_after, " times in a row, ",
+                     Seconds(options_.alive_interval), " apart: killed"));
+    kill(-child->pid, SIGKILL);
   }
 }
 
@@ -274,7 +301,8 @@ void Supervisor::AdvanceStop() {
         }
         child->signalled = true;
         kill(child->pid, SIGTERM);
-      } else if (now >= stop_deadline_) {
+      } else if (now >= stop_deadline_ && !child->killed) {
+        child->killed = true;
         Say(absl::StrCat(child->spec.name, " did not stop within ", Seconds(options_.stop_patience),
                          ": killed"));
         kill(-child->pid, SIGKILL);
@@ -290,7 +318,7 @@ int Supervisor::PollTimeout() const {
   for (const auto& child : children_) {
     if (child->pid <= 0) {
       wait = std::min(wait, std::chrono::duration_cast<milliseconds>(child->start_at - now));
-    } else if (!child->ready) {
+    } else if (!child->ready || child->spec.alive) {
       wait = std::min(wait, std::chrono::duration_cast<milliseconds>(child->next_probe - now));
     } else if (child->output < 0) {
       wait = std::min(wait, milliseconds(100));  // closed its output: its end shows in waitpid alone
@@ -326,6 +354,7 @@ int Supervisor::Run() {
       if (gone) return exit_code_;
     } else {
       CheckReady();
+      CheckAlive();
     }
   }
 }

@@ -19,7 +19,9 @@ struct ChildSpec {
   std::string name;               // "expert0": in messages and in front of its lines
   std::vector<std::string> argv;  // argv[0] is the path of the program
   // Asked again and again until it says true, from the supervisor's loop: must answer within some 100 ms.
-  std::function<bool()> ready;
+  std::function<bool()> ready = nullptr;
+  // Asked every now and then once it is ready; false: no answer. Null: not asked.
+  std::function<bool()> alive = nullptr;
   int stop_order = 0;  // 0 is stopped first, the next ones when it is gone
 };
 
@@ -29,9 +31,15 @@ class Supervisor {
     // Doubled with every failure in a row. What was ready is started again at once after the first.
     std::chrono::milliseconds first_backoff{1000};
     std::chrono::milliseconds max_backoff{30000};
+    // Of a child that was ready before: clients wait for it.
+    std::chrono::milliseconds max_backoff_once_ready{3000};
     std::chrono::milliseconds steady_after{60000};  // ready for that long: the backoff begins anew
     int attempts = 5;  // failures before it was ever ready until the supervisor gives up
     std::chrono::milliseconds stop_patience{30000};  // SIGTERM, that long, SIGKILL
+    // A child that was ready and does not answer so many times, so far apart, hangs: it is killed, and
+    // started again.
+    std::chrono::milliseconds alive_interval{5000};
+    int hangs_after = 12;
     std::function<void(const std::string& child, const std::string& line)> on_line;  // a child's output
     std::function<void(const std::string& message)> on_event;  // what the supervisor does
     std::function<void()> on_all_ready;                        // once
@@ -59,6 +67,7 @@ class Supervisor {
   void TakeLines(Child& child, bool rest);
   void Failed(Child& child, int status);
   void CheckReady();
+  void CheckAlive();
   void AdvanceStop();
   void Say(const std::string& message) const;
   int PollTimeout() const;

@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
@@ -145,7 +146,7 @@ TEST_F(SupervisorTest, StartsAgainWhatDies) {
 }
 
 TEST_F(SupervisorTest, WhatWasReadyIsStartedAgainAtOnceButNotTwice) {
-  options_.first_backoff = options_.max_backoff = std::chrono::minutes(10);
+  options_.first_backoff = options_.max_backoff = options_.max_backoff_once_ready = std::chrono::minutes(10);
   Start({Script("a", "echo pid $$; touch a; exec sleep 600", 0, "a")});
   ASSERT_TRUE(Eventually([&] { return Count("all ready") == 1 && Count("a|pid ") == 1; }));
   kill(LatestPid("a"), SIGKILL);
@@ -154,6 +155,46 @@ TEST_F(SupervisorTest, WhatWasReadyIsStartedAgainAtOnceButNotTwice) {
   kill(LatestPid("a"), SIGKILL);
   ASSERT_TRUE(Eventually([&] { return Count("starting it again in 600") == 1; }));
   EXPECT_EQ(Stop(), 0);
+}
+
+TEST_F(SupervisorTest, WhatWasReadyNeverWaitsLong) {
+  options_.first_backoff = options_.max_backoff = std::chrono::minutes(10);
+  options_.max_backoff_once_ready = milliseconds(30);
+  Start({Script("a", "echo pid $$; touch a; exec sleep 600", 0, "a")});
+  for (size_t i = 1; i <= 5; ++i) {
+    ASSERT_TRUE(Eventually([&] { return Count("a|pid ") == i && Count("a is back") == i - 1; }));
+    if (i == 1) {
+      ASSERT_TRUE(Eventually([&] { return Count("all ready") == 1; }));
+    }
+    kill(LatestPid("a"), SIGKILL);
+  }
+  ASSERT_TRUE(Eventually([&] { return Count("a is back") == 5; }));
+  EXPECT_EQ(Count("starting it again in 30 ms"), 4u);
+  EXPECT_EQ(Stop(), 0);
+}
+
+TEST_F(SupervisorTest, WhatHangsIsKilledAndStartedAgain) {
+  options_.alive_interval = milliseconds(5);
+  options_.hangs_after = 3;
+  ChildSpec child = Script("a", "echo pid $$; touch a; exec sleep 600", 0, "a");
+  std::atomic<int> asked{0};
+  child.alive = [&] { return ++asked != 2 && (asked < 10 || asked > 12); };  // one miss alone is none
+  Start({child});
+  ASSERT_TRUE(Eventually([&] { return Count("a is back") == 1; }));
+  EXPECT_EQ(Count("a has not answered 3 times in a row, 5 ms apart: killed"), 1u);
+  ASSERT_TRUE(Eventually([&] { return asked > 30; }));
+  EXPECT_EQ(Count("signal 9"), 1u);
+  EXPECT_EQ(Stop(), 0);
+}
+
+// SIGTERM comes through as the first thing that a child gets, however early.
+TEST_F(SupervisorTest, AStopRightAfterTheStartIsNotLost) {
+  for (int i = 0; i < 30; ++i) {
+    Start({Script("a", "exec sleep 600", 0, "never"), Script("b", "exec sleep 600", 1, "never")});
+    if (i % 2 == 1) std::this_thread::sleep_for(std::chrono::microseconds(50 * i));
+    EXPECT_EQ(Stop(), 0);
+  }
+  EXPECT_EQ(Count("did not stop within"), 0u);
 }
 
 TEST_F(SupervisorTest, WaitsLongerAfterEachFailureUpToABound) {
@@ -184,6 +225,13 @@ TEST_F(SupervisorTest, AWrongCallIsNotRepeated) {
   EXPECT_EQ(Join(), 1);
   EXPECT_EQ(Count("bad|unknown flag"), 1u);
   EXPECT_EQ(Count("It said: unknown flag --x"), 1u);
+}
+
+TEST_F(SupervisorTest, AHintAtTheHelpIsNotTheReason) {
+  Start({Script("bad", "echo '--x: 7 is too much'; echo 'Run with --help for more information.'; exit 2", 0,
+                "never")});
+  EXPECT_EQ(Join(), 1);
+  EXPECT_EQ(Count("It said: --x: 7 is too much"), 1u);
 }
 
 TEST_F(SupervisorTest, AProgramThatIsNotThere) {

@@ -153,6 +153,12 @@ absl::Status WaitServing(grpc::Channel& channel, const std::string& address, abs
       address, " is not serving after ", absl::FormatDuration(patience), "; the last answer was ", last));
 }
 
+bool Answers(grpc::Channel& channel, absl::Duration patience) {
+  grpc::GenericStub stub(std::shared_ptr<grpc::ChannelInterface>(std::shared_ptr<void>(), &channel));
+  const absl::StatusOr<int> health = CheckHealth(stub, absl::Now() + patience, true);
+  return health.ok() || (!absl::IsDeadlineExceeded(health.status()) && !absl::IsUnavailable(health.status()));
+}
+
 absl::Status FromGrpc(const grpc::Status& status) {
   if (status.ok()) return absl::OkStatus();
   // The two enumerations are both google.rpc.Code.

@@ -26,6 +26,9 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& addres
 // Waits until the peer's health service says SERVING. DeadlineExceeded says what the last answer was.
 absl::Status WaitServing(grpc::Channel& channel, const std::string& address, absl::Duration patience);
 
+// Whether the peer's health service says anything at all.
+bool Answers(grpc::Channel& channel, absl::Duration patience);
+
 // The one place where codes are mapped.
 absl::Status FromGrpc(const grpc::Status& status);
 grpc::Status ToGrpc(const absl::Status& status);

@@ -1,7 +1,9 @@
 #include "common/rpc/lifecycle.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -14,11 +16,28 @@
 
 namespace tandem::rpc {
 
+namespace {
+constexpr std::chrono::seconds kSameStop{2};
+}  // namespace
+
+void PrepareProcess() {
+  for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; ++fd) {
+    // The lowest number that is free is this one: those before it are open by now.
+    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) break;
+  }
+  rlimit files;
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
+}
+
 struct StopSignal::Impl {
   std::mutex mutex;
   std::condition_variable changed;
   std::atomic<int> first{0};
   std::atomic<bool> ending{false};
+  std::chrono::steady_clock::time_point at;  // the first; the waiter's
   sigset_t set;
   std::thread waiter;
 
@@ -28,8 +47,11 @@ struct StopSignal::Impl {
       if (sigwait(&set, &signal) != 0) continue;
       if (ending.load()) return;
       const std::lock_guard lock(mutex);
+      const auto now = std::chrono::steady_clock::now();
+      if (first.load() == SIGTERM && signal == SIGTERM && now - at < kSameStop) continue;
       if (first.load() != 0) _exit(128 + signal);
       first.store(signal);
+      at = now;
       changed.notify_all();
     }
   }

@@ -8,10 +8,17 @@
 
 namespace tandem::rpc {
 
+// For the top of main, before anything is opened: standard input and output that are closed become /dev/null
+// (else the next file or socket would have their numbers, and get what is printed), and as many files may be
+// open as the system allows without asking it for more (the usual 1024 are few for a server's connections).
+void PrepareProcess();
+
 // Blocks SIGINT and SIGTERM in the calling thread, and so in every thread started later, and takes them in a
 // thread of its own: make one at the top of main. SIGPIPE is ignored. The first signal is reported, a second
-// one ends the process at once with 128 + its number. One object a process; children started with exec
-// inherit the blocked signals and must unblock them. Thread-safe.
+// one ends the process at once with 128 + its number, but for a SIGTERM within two seconds of another: who
+// stops a whole group (systemd, a container) reaches the process as well as its supervisor, which passes the
+// stop on. One object a process; children started with exec inherit the blocked signals and must unblock
+// them. Thread-safe.
 class StopSignal {
  public:
   StopSignal();

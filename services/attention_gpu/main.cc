@@ -6,6 +6,7 @@
 #include "services/attention_gpu/service/options.h"
 
 int main(int argc, char** argv) {
+  tandem::rpc::PrepareProcess();
   const tandem::attention::ParsedOptions parsed = tandem::attention::ParseOptions(argc, argv);
   if (!parsed.run) return parsed.exit_code;
   tandem::rpc::StopSignal stop;

@@ -27,6 +27,8 @@
 namespace tandem::expert {
 namespace {
 
+constexpr absl::Duration kDrainPatience = absl::Seconds(35);  // a little more than engines give their streams
+constexpr absl::Duration kQuiet = absl::Seconds(1);           // without a call
 constexpr absl::Duration kShutdownPatience = absl::Seconds(10);
 
 // Where threads and memory are to be.
@@ -190,7 +192,12 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
                kernels::IsaName(kernels::ActiveIsa()),
                options.precision == kernels::Precision::kFast ? "fast" : "reference");
 
-  spdlog::info("signal {}: stopping", stop.Wait());
+  const int signal_number = stop.Wait();
+  // Who stops a whole group (systemd) stops the engine at the same moment, and it lets its streams finish.
+  const absl::Time deadline = absl::Now() + kDrainPatience;
+  if (service.InUse(kQuiet)) spdlog::info("signal {}: stopping when the engine is done", signal_number);
+  while (service.InUse(kQuiet) && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(50));
+  spdlog::info("signal {}: stopping", signal_number);
   server->SetServing(false);
   service.Stop();
   server->Shutdown(kShutdownPatience);

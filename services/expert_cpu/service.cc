@@ -1,6 +1,7 @@
 #include "services/expert_cpu/service.h"
 
 #include <grpcpp/grpcpp.h>
+#include <chrono>
 
 #include <atomic>
 #include <map>
@@ -109,6 +110,12 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     return absl::OkStatus();
   }
 
+  bool InUse(absl::Duration d) {
+    const std::lock_guard lock(mutex_);
+    return (attached_ > 0 || !streams_.empty()) &&
+           SteadyNanoseconds() - last_call_.load(std::memory_order_relaxed) < absl::ToInt64Nanoseconds(d);
+  }
+
   void Stop() {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -169,7 +176,11 @@ class ExpertsService::Impl final : public v1::Experts::Service {
 
   grpc::Status Attach(grpc::ServerContext* context, RingSessions::Stream* stream) override {
     const absl::StatusOr<RingSessions*> rings = Rings();
-    return rings.ok() ? (*rings)->Serve(context, stream) : rpc::ToGrpc(rings.status());
+    if (!rings.ok()) return rpc::ToGrpc(rings.status());
+    ++attached_;
+    const grpc::Status status = (*rings)->Serve(context, stream);
+    --attached_;
+    return status;
   }
 
   grpc::Status Weights(grpc::ServerContext*, const v1::WeightsRequest*, v1::WeightsOffer* out) override {
@@ -242,6 +253,7 @@ class ExpertsService::Impl final : public v1::Experts::Service {
       return;
     }
     if (done->nanoseconds == 0) return;  // an empty call
+    last_call_.store(SteadyNanoseconds(), std::memory_order_relaxed);
     calls_.Add();
     const double seconds = static_cast<double>(done->nanoseconds) * 1e-9;
     seconds_.Observe(seconds);
@@ -274,6 +286,12 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     return moe_->Forward(call, answer);
   }
 
+  static int64_t SteadyNanoseconds() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+
   const LoadProgress& progress_;
   const Identity identity_;
   const std::string instance_id_ = RandomId();
@@ -300,8 +318,10 @@ class ExpertsService::Impl final : public v1::Experts::Service {
   double recent_bytes_ = 0;
   double recent_seconds_ = 0;
   bool stopping_ = false;
-  std::map<grpc::ServerContext*, bool> streams_;  // open ones, and whether they work
-  std::unique_ptr<RingSessions> rings_;           // set once
+  std::map<grpc::ServerContext*, bool> streams_;   // open ones, and whether they work
+  std::unique_ptr<RingSessions> rings_;            // set once
+  std::atomic<int> attached_{0};                   // sessions through rings_
+  std::atomic<int64_t> last_call_{INT64_MIN / 2};  // SteadyNanoseconds
 };
 
 ExpertsService::ExpertsService(telemetry::Metrics& metrics, const LoadProgress& progress,
@@ -313,6 +333,7 @@ void ExpertsService::SetReady(const Shard& shard, Moe& moe, double read_ceiling)
   impl_->SetReady(shard, moe, read_ceiling);
 }
 absl::Status ExpertsService::EnableRing(RingOptions options) { return impl_->EnableRing(std::move(options)); }
+bool ExpertsService::InUse(absl::Duration d) const { return impl_->InUse(d); }
 void ExpertsService::Stop() { impl_->Stop(); }
 
 }  // namespace tandem::expert

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "common/telemetry/metrics.h"
 #include "services/expert_cpu/moe/moe.h"
 #include "services/expert_cpu/ring/ring_sessions.h"
@@ -38,6 +39,8 @@ class ExpertsService {
   void SetReady(const Shard& shard, Moe& moe, double read_ceiling);
   // After SetReady: Attach is answered from now on. The limits of `options` are filled in from the shard.
   absl::Status EnableRing(RingOptions options);
+  // Whether clients are there and one has called within the last `d`.
+  bool InUse(absl::Duration d) const;
   // No call begins any more: idle streams end at once, busy ones with the answer that is being made. All end
   // with UNAVAILABLE.
   void Stop();

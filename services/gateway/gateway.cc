@@ -1,7 +1,9 @@
 #include "services/gateway/gateway.h"
 
 #include <grpcpp/impl/codegen/service_type.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "common/base/status_macros.h"
@@ -21,6 +23,17 @@ namespace {
 
 constexpr size_t kWorkQueueCapacity = 4096;
 constexpr absl::Duration kLastWords = absl::Seconds(2);  // for answers on their way when all is decided
+
+// Some descriptors are kept for engines, gRPC and the log: with none left, a lost engine could not come back.
+size_t ConnectionsThatFit(size_t wanted) {
+  rlimit files;
+  if (getrlimit(RLIMIT_NOFILE, &files) != 0 || files.rlim_cur == RLIM_INFINITY) return wanted;
+  const size_t limit = files.rlim_cur, kept = std::min(std::max<size_t>(64, limit / 8), limit / 2);
+  if (wanted <= limit - kept) return wanted;
+  spdlog::warn("{} connections at a time instead of {}: the limit of open files is {} (ulimit -n)",
+               limit - kept, wanted, limit);
+  return limit - kept;
+}
 
 HttpServerOptions HttpOptions(const GatewayOptions& options) {
   HttpServerOptions http;
@@ -84,10 +97,12 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& op
                  impl->sessions.get(), &impl->metrics,
                  impl->work.get(),     [registry = &impl->registry] { return registry->Expose(); }};
   impl->api = std::make_unique<Api>(api_options, parts);
-  TANDEM_ASSIGN_OR_RETURN(
-      impl->http, HttpServer::Start(HttpOptions(options), [api = impl->api.get()](Request q, Responder r) {
-        api->Handle(std::move(q), std::move(r));
-      }));
+  HttpServerOptions http = HttpOptions(options);
+  http.max_connections = ConnectionsThatFit(http.max_connections);
+  TANDEM_ASSIGN_OR_RETURN(impl->http,
+                          HttpServer::Start(http, [api = impl->api.get()](Request q, Responder r) {
+                            api->Handle(std::move(q), std::move(r));
+                          }));
 
   if (!options.grpc_listen.empty()) {
     GenerationServiceOptions service;

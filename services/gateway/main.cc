@@ -83,6 +83,7 @@ void AddFlags(CLI::App& app, GatewayOptions& o, Seconds& s) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  tandem::rpc::PrepareProcess();
   GatewayOptions options;
   Seconds seconds;
   CLI::App app(
