@@ -39,7 +39,7 @@ class Supervisor {
     // A child that was ready and does not answer so many times, so far apart, hangs: it is killed, and
     // started again.
     std::chrono::milliseconds alive_interval{5000};
-    int hangs_after = 12;
+    int hangs_after = 6;  // the engine is back before clients are given up (--resume-timeout)
     std::function<void(const std::string& child, const std::string& line)> on_line;  // a child's output
     std::function<void(const std::string& message)> on_event;  // what the supervisor does
     std::function<void()> on_all_ready;                        // once
