@@ -2,9 +2,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -24,11 +26,20 @@ using std::chrono::milliseconds;
 
 constexpr char kDefaultUrl[] = "http://127.0.0.1:10002";
 constexpr milliseconds kProbePatience{1500};
+constexpr milliseconds kConnectPatience{10000};
 constexpr int kInterrupted = 130;
 
 std::atomic<bool> interrupted = false;
+int output_error = 0;  // errno of the first write to the standard output that failed; 0: none has
 
 void OnInterrupt(int) { interrupted = true; }
+
+// Sends out what is written so far. False once something could not be written: nobody sees the answers then.
+bool FlushOutput() {
+  const bool flushed = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
+  if (!flushed && output_error == 0) output_error = errno == 0 ? EIO : errno;
+  return output_error == 0;
+}
 
 // Text from a model may hold control characters; only line breaks and tabs reach the terminal.
 std::string ForTerminal(const std::string& text) {
@@ -56,14 +67,14 @@ class Display {
     if (shown.empty()) return;
     if (!reasoning) answer_begun_ = true;
     std::fwrite(shown.data(), 1, shown.size(), stdout);
-    std::fflush(stdout);
+    if (!FlushOutput()) interrupted = true;  // the rest of the answer is for nobody
     at_line_start_ = shown.back() == '\n';
   }
 
   void Finish() {
     if (in_reasoning_) End();
     if (!at_line_start_) std::fputs("\n", stdout);
-    std::fflush(stdout);
+    FlushOutput();
     at_line_start_ = true;
     answer_begun_ = false;
   }
@@ -96,7 +107,8 @@ class Session {
 
   // Asks which model is served; also tells whether the server can be used.
   absl::Status Connect() {
-    TANDEM_ASSIGN_OR_RETURN(const HttpReply reply, client_.Get("/v1/models", std::chrono::seconds(10)));
+    TANDEM_ASSIGN_OR_RETURN(const HttpReply reply,
+                            client_.Get("/v1/models", std::min(kConnectPatience, patience())));
     if (reply.status != 200) {
       return absl::UnavailableError(absl::StrCat("HTTP ", reply.status, ": ", ErrorMessage(reply.body)));
     }
@@ -125,13 +137,14 @@ class Session {
     messages_.push_back({"user", question});
     Display display(options_.think_display);
     AnswerStream stream([&](AnswerStream::Part part, const std::string& text) { display.Show(part, text); });
-    const auto patience = milliseconds(static_cast<int64_t>(options_.timeout * 1000));
     const absl::StatusOr<HttpReply> reply =
-        client_.Post("/v1/chat/completions", ChatRequest(messages_, parameters_), patience,
+        client_.Post("/v1/chat/completions", ChatRequest(messages_, parameters_), patience(),
                      [&](std::string_view piece) { stream.Feed(piece); });
     display.Finish();
     absl::Status status = reply.status();
-    if (reply.ok() && reply->status != 200) {
+    if (output_error != 0) {
+      status = absl::DataLossError(absl::StrCat("cannot write the answer: ", std::strerror(output_error)));
+    } else if (reply.ok() && reply->status != 200) {
       status = absl::UnavailableError(absl::StrCat("HTTP ", reply->status, ": ", ErrorMessage(reply->body)));
     } else if (!stream.error().empty()) {
       status = absl::UnavailableError(stream.error());
@@ -154,6 +167,8 @@ class Session {
   }
 
  private:
+  milliseconds patience() const { return milliseconds(static_cast<int64_t>(options_.timeout * 1000)); }
+
   const ChatOptions& options_;
   HttpClient client_;
   ChatParameters parameters_;
@@ -199,6 +214,7 @@ int Fail(const absl::Status& status) {
   return absl::IsCancelled(status) ? kInterrupted : absl::IsInvalidArgument(status) ? 2 : 1;
 }
 
+// Ends when the input does, or where the output fails: without a reader there is nobody to answer.
 int Interact(Session& session) {
   const bool tty = isatty(STDIN_FILENO) == 1;
   if (tty) {
@@ -211,7 +227,9 @@ int Interact(Session& session) {
   bool last_was_interrupt = false;
   while (true) {
     if (tty) std::printf("\n> ");
-    std::fflush(stdout);
+    if (!FlushOutput()) {
+      return Fail(absl::DataLossError(absl::StrCat("cannot write: ", std::strerror(output_error))));
+    }
     const Input::End end = input.ReadLine(&line);
     if (end == Input::End::kEof) break;
     if (end == Input::End::kInterrupted) {
@@ -245,6 +263,7 @@ int Interact(Session& session) {
       std::printf("(stopped)\n");
     } else if (!status.ok()) {
       code = Fail(status);
+      if (output_error != 0) return code;
       if (tty) code = 0;  // seen by the user, who may go on
     }
   }
@@ -287,7 +306,7 @@ int RunChat(const ChatOptions& options) {
   sigaction(SIGTERM, &action, nullptr);
   signal(SIGPIPE, SIG_IGN);
 
-  absl::StatusOr<Url> url = ParseUrl(options.url.empty() ? kDefaultUrl : options.url);
+  absl::StatusOr<Url> url = ParseApiUrl(options.url.empty() ? kDefaultUrl : options.url);
   if (!url.ok()) return Fail(url.status());
   if (!options.url.empty() && !options.model.empty()) {
     return Fail(absl::InvalidArgumentError(

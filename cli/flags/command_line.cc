@@ -83,7 +83,18 @@ Command& Command::Choice(const std::string& name, std::string* value, const std:
 
 Command& Command::Integer(const std::string& name, int64_t* value, int64_t min, int64_t max,
                           const std::string& help, const Names& aliases) {
-  impl_->Value(name, value, help, aliases)->check(CLI::Range(min, max))->type_name("N");
+  const auto in_range = [min, max](const std::string& text) -> std::string {
+    int64_t number = 0;
+    const std::string range = " from " + std::to_string(min) + " to " + std::to_string(max);
+    if (!CLI::detail::lexical_cast(text, number)) return "\"" + text + "\" is not a whole number" + range;
+    return number >= min && number <= max ? "" : text + " is not in the range" + range;
+  };
+  impl_->Value(name, value, help, aliases)->check(CLI::Validator(in_range, ""))->type_name("N");
+  return *this;
+}
+
+Command& Command::Check(const std::string& name, std::function<std::string(const std::string&)> check) {
+  impl_->app->get_option("--" + name)->check(CLI::Validator(std::move(check), ""));
   return *this;
 }
 

@@ -29,6 +29,8 @@ class Command {
                    const Names& aliases = {});
   Command& Number(const std::string& name, double* value, double min, double max, const std::string& help,
                   const Names& aliases = {});
+  // `check` is given the value of that flag and says what is wrong with it; empty: nothing.
+  Command& Check(const std::string& name, std::function<std::string(const std::string&)> check);
   // --flag, --no-flag, --flag=false, --flag True.
   Command& Switch(const std::string& name, bool* value, const std::string& help, const Names& aliases = {});
   // A one-letter spelling of a flag that takes a value: Short("prompt", 'p').

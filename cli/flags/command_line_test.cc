@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstdio>
 #include <fstream>
 #include <map>
@@ -138,6 +139,39 @@ TEST_F(CommandLineTest, BadValues) {
       EXPECT_THAT(err_.str(), HasSubstr(args[1].substr(0, args[1].find('='))));
     }
   }
+}
+
+TEST_F(CommandLineTest, WhatIsWrongWithANumberIsSaid) {
+  EXPECT_EQ(Parse({"serve", "--port", "abc"}), 2);
+  EXPECT_THAT(err_.str(), HasSubstr("--port: \"abc\" is not a whole number from 0 to 65535"));
+  err_.str("");
+  EXPECT_EQ(Parse({"serve", "--port", "65536"}), 2);
+  EXPECT_THAT(err_.str(), HasSubstr("--port: 65536 is not in the range from 0 to 65535"));
+}
+
+// What tandem-attention and tandem-expert take, so that nothing starts only to be refused.
+TEST_F(CommandLineTest, ServeRefusesWhatItsServicesWould) {
+  for (const auto& [flag, good, bad] :
+       std::vector<std::array<std::string, 3>>{{"--cpu-infer", "4096", "4097"},
+                                               {"--ctx", "16777216", "16777217"},
+                                               {"--max-batch-size", "4096", "4097"},
+                                               {"--chunk-size", "65536", "65537"},
+                                               {"--max-waiting", "1048576", "1048577"},
+                                               {"--kv-tokens", "1073741824", "1073741825"},
+                                               {"--stream-chunk-size", "65536", "65537"},
+                                               {"--numa", "64", "65"},
+                                               {"--numa", "auto", "0"},
+                                               {"--arena", "shared-huge", "sharedhuge"},
+                                               {"--stream-prefill", "off", "0"},
+                                               {"--stream-prefill", "700", "many"},
+                                               {"--stream-share", "100", "101"},
+                                               {"--stream-share", "auto", "40%"}}) {
+    err_.str("");
+    EXPECT_EQ(Parse({"serve", flag, good}), std::nullopt) << err_.str();
+    EXPECT_EQ(Parse({"serve", flag, bad}), 2) << flag << " " << bad;
+    EXPECT_THAT(err_.str(), HasSubstr(flag + ": "));
+  }
+  EXPECT_THAT(err_.str(), HasSubstr("--stream-share: 40%: auto, off or a number from 0 to 100 is expected"));
 }
 
 TEST_F(CommandLineTest, EnvironmentBelowTheCommandLine) {

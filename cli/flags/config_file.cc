@@ -23,11 +23,11 @@ std::string Trim(std::string_view text) {
 
 // The value with its comment and quotes taken off; false if the quotes do not close.
 bool Unquote(std::string& value) {
-  if (value.empty() || value.front() != '"') {
+  if (value.empty() || (value.front() != '"' && value.front() != '\'')) {
     value = Trim(value.substr(0, std::min(value.find(" #"), value.size())));
     return true;
   }
-  const size_t close = value.find('"', 1);
+  const size_t close = value.find(value.front(), 1);
   if (close == std::string::npos) return false;
   const std::string rest = Trim(value.substr(close + 1));
   if (!rest.empty() && rest.front() != '#') return false;
@@ -52,6 +52,8 @@ absl::StatusOr<std::vector<ConfigEntry>> ReadConfigFile(const std::string& path)
     return absl::InvalidArgumentError(
         absl::StrCat(path, " is not a config file: longer than 1 MB or not text"));
   }
+  constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";  // Windows editors write one
+  if (text.starts_with(kByteOrderMark)) text.erase(0, kByteOrderMark.size());
   std::vector<ConfigEntry> entries;
   std::istringstream lines(text);
   std::string raw, section;

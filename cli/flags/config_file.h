@@ -1,6 +1,6 @@
 // The file of --config: lines `flag = value`, `#` comments, sections `[serve]` for one command. Flags as on
 // the command line, without dashes in front; a list is the flag again on the next line. Values may stand in
-// double quotes.
+// double or single quotes; a UTF-8 byte order mark in front of everything is skipped.
 #pragma once
 
 #include <string>

@@ -40,9 +40,23 @@ TEST_F(ConfigFile, Reads) {
   EXPECT_EQ((*entries)[3].value, "");
 }
 
+TEST_F(ConfigFile, SingleQuotesAndAByteOrderMark) {
+  const auto entries = ReadConfigFile(
+      WriteFile("\xEF\xBB\xBFport = '8000'\nsystem = 'say \"hi\" # now'  # twice\nmodel = \"it's\"\n"
+                "model-name = it's\n"));
+  ASSERT_TRUE(entries.ok()) << entries.status();
+  ASSERT_EQ(entries->size(), 4u);
+  EXPECT_EQ((*entries)[0].key, "port");
+  EXPECT_EQ((*entries)[0].value, "8000");
+  EXPECT_EQ((*entries)[1].value, "say \"hi\" # now");
+  EXPECT_EQ((*entries)[2].value, "it's");
+  EXPECT_EQ((*entries)[3].value, "it's");
+  EXPECT_EQ(ReadConfigFile(WriteFile("\xEF\xBB\xBF[serve]\n"))->size(), 0u);
+}
+
 TEST_F(ConfigFile, ErrorsNameTheLine) {
-  for (const char* bad :
-       {"\nnonsense\n", "\n[serve\n", "\n= 3\n", "\nmodel = \"x\n", "\nmodel = \"x\" y\n"}) {
+  for (const char* bad : {"\nnonsense\n", "\n[serve\n", "\n= 3\n", "\nmodel = \"x\n", "\nmodel = 'x\n",
+                          "\nmodel = 'x\"\n", "\nmodel = \"x\" y\n"}) {
     const std::string path = WriteFile(bad);
     const auto entries = ReadConfigFile(path);
     ASSERT_FALSE(entries.ok()) << bad;

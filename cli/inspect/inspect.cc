@@ -63,18 +63,31 @@ absl::StatusOr<int> Processes(const std::string& numa) {
   return n;
 }
 
-// Why the file cannot be served; fills in config and plan where it can.
-absl::Status Describe(const gguf::File& file, const InspectOptions& options, int processes, Report& report) {
+// Values of flags that do not suit a model that is fine.
+absl::Status CheckFlags(const InspectOptions& options, int processes, const model::ModelConfig& config) {
+  if (options.context > config.max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrCat("--ctx ", options.context, ": the model's context is ",
+                                                   config.max_position_embeddings, " tokens"));
+  }
+  if (options.numa != "auto" && config.n_routed_experts > 0 && processes > config.n_routed_experts) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--numa ", options.numa, ": the model has ", config.n_routed_experts, " experts"));
+  }
+  return absl::OkStatus();
+}
+
+// Why the file cannot be served; fills in config and plan where it can. `flags`: what CheckFlags says, and
+// then there is no plan.
+absl::Status Describe(const gguf::File& file, const InspectOptions& options, int processes, Report& report,
+                      absl::Status& flags) {
   TANDEM_ASSIGN_OR_RETURN(report.config, model::ReadModelConfig(file));
   TANDEM_RETURN_IF_ERROR(model::BindTensors(file, report.config).status());
   for (int64_t layer = 0; layer < report.config.num_hidden_layers; ++layer) {
     if (report.config.n_routed_experts == 0 || !report.config.IsMoe(layer)) continue;
     TANDEM_RETURN_IF_ERROR(model::BindExperts(file, report.config, layer).status());
   }
-  if (options.context > report.config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("--ctx ", options.context, ": the model's context is ",
-                                                   report.config.max_position_embeddings, " tokens"));
-  }
+  flags = CheckFlags(options, processes, report.config);
+  if (!flags.ok()) return absl::OkStatus();
   TANDEM_ASSIGN_OR_RETURN(report.plan, PlanMemory(file, report.config, options.context, processes));
   return absl::OkStatus();
 }
@@ -274,7 +287,12 @@ int RunInspect(const InspectOptions& options, std::ostream& out, std::ostream& e
     total.values += Values(tensor);
     total.bytes += tensor.nbytes;
   }
-  report.model_status = Describe(**file, options, *processes, report);
+  absl::Status flags;
+  report.model_status = Describe(**file, options, *processes, report, flags);
+  if (!flags.ok()) {
+    err << "tandem inspect: " << std::string(flags.message()) << "\n";
+    return 2;
+  }
   report.usable_memory = topology::ReadMemoryInfo().UsableBytes();
   report.vram_bytes = static_cast<uint64_t>(options.vram_gb * 1e9);
   if (options.vram_gb == 0) {

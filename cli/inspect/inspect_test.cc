@@ -90,8 +90,13 @@ TEST(Inspect, BadValuesAndFiles) {
   EXPECT_EQ(Inspect(options).code, 2);
   options.numa = "17";
   options.file = DemoModel();
-  EXPECT_EQ(Inspect(options).code, 1);
-  EXPECT_THAT(Inspect(options).err, HasSubstr("the model has 16 experts"));
+  EXPECT_EQ(Inspect(options).code, 2);
+  EXPECT_EQ(Inspect(options).err, "tandem inspect: --numa 17: the model has 16 experts\n");
+  options.numa = "16";
+  options.context = 5000;
+  EXPECT_EQ(Inspect(options).code, 2);
+  EXPECT_EQ(Inspect(options).err, "tandem inspect: --ctx 5000: the model's context is 4096 tokens\n");
+  EXPECT_EQ(Inspect(options).out, "");
 }
 
 TEST(Inspect, AnotherArchitectureIsDescribedAndRefused) {

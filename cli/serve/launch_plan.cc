@@ -14,31 +14,50 @@ namespace {
 
 constexpr char kLocal[] = "127.0.0.1";
 
-// Metrics are for the host alone unless the whole server is meant for the network.
 std::string MetricsAddress(const ServeOptions& options, int port) {
-  return HostPort{options.host, port}.ToString();
+  return HostPort{MetricsHost(options), port}.ToString();
+}
+
+// With tandem-attention's words, which would come only after the weights are loaded.
+absl::Status CheckDeferExperts(const ServeOptions& options, const model::ModelConfig& config) {
+  const int64_t deferred = options.defer_experts;
+  if (deferred == 0) return absl::OkStatus();
+  if (config.n_routed_experts == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--defer-experts ", deferred, ": the model has no routed experts"));
+  }
+  if (deferred < config.num_experts_per_tok) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--defer-experts ", deferred, ": a token goes to ",
+                                                 config.num_experts_per_tok, " experts, of which 0 to ",
+                                                 config.num_experts_per_tok - 1, " can be deferred"));
 }
 
 }  // namespace
 
+std::string MetricsHost(const ServeOptions& options) {
+  if (options.host == "::") return "0.0.0.0";
+  return options.host.find(':') == std::string::npos ? options.host : kLocal;
+}
+
 absl::StatusOr<Ports> ChoosePorts(const ServeOptions& options, int expert_processes) {
   Ports ports;
   std::vector<int> taken = {static_cast<int>(options.port), static_cast<int>(options.grpc_port)};
-  const auto choose = [&](int64_t wanted) -> absl::StatusOr<int> {
+  const auto choose = [&](int64_t wanted, const std::string& host) -> absl::StatusOr<int> {
     if (wanted > 0) return static_cast<int>(wanted);
-    TANDEM_ASSIGN_OR_RETURN(const int port, FreePort(options.host, taken));
-    taken.push_back(port);
+    const absl::StatusOr<int> port = FreePort(host, taken);
+    if (!port.ok()) return Annotate(port.status(), "--host");
+    taken.push_back(*port);
     return port;
   };
-  TANDEM_ASSIGN_OR_RETURN(ports.http, choose(options.port));
-  TANDEM_ASSIGN_OR_RETURN(ports.grpc, choose(options.grpc_port));
+  TANDEM_ASSIGN_OR_RETURN(ports.http, choose(options.port, options.host));
+  TANDEM_ASSIGN_OR_RETURN(ports.grpc, choose(options.grpc_port, options.host));
   int64_t base = options.metrics_base_port;
   if (base < 0) base = options.port == 0 ? 0 : options.port + 9;
   constexpr int64_t kHighest = 65535;
   if (base + 10 + 2 * expert_processes > kHighest) base = 0;
-  TANDEM_ASSIGN_OR_RETURN(ports.attention_metrics, choose(base));
+  TANDEM_ASSIGN_OR_RETURN(ports.attention_metrics, choose(base, MetricsHost(options)));
   for (int i = 0; i < expert_processes; ++i) {
-    TANDEM_ASSIGN_OR_RETURN(const int port, choose(base == 0 ? 0 : base + 10 + 2 * i));
+    TANDEM_ASSIGN_OR_RETURN(const int port, choose(base == 0 ? 0 : base + 10 + 2 * i, MetricsHost(options)));
     ports.expert_metrics.push_back(port);
   }
   std::vector<int> all = ports.expert_metrics;
@@ -56,6 +75,7 @@ absl::StatusOr<std::vector<Process>> PlanProcesses(const ServeOptions& options, 
                                                    const model::ModelConfig& config,
                                                    const topology::Topology& topology, const Ports& ports,
                                                    const std::string& runtime, const std::string& programs) {
+  TANDEM_RETURN_IF_ERROR(CheckDeferExperts(options, config));
   const int expert_processes = static_cast<int>(ports.expert_metrics.size());
   TANDEM_ASSIGN_OR_RETURN(const std::vector<topology::ThreadPlan> threads,
                           topology.PlanThreads(static_cast<int>(options.cpu_infer), expert_processes));

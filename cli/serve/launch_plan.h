@@ -27,6 +27,11 @@ struct Ports {
   std::vector<int> expert_metrics;  // one a process
 };
 
+// Where the children's metrics listen: at the server's host, so that they are for this machine alone unless
+// the whole server is meant for the network. The library that serves them knows no IPv6: for an IPv6 host
+// that is 127.0.0.1, for "::" 0.0.0.0.
+std::string MetricsHost(const ServeOptions& options);
+
 // Port numbers from the options: the documented defaults, derived from --port where that was moved, free ones
 // where 0 was asked for. Fails where no free port can be had.
 absl::StatusOr<Ports> ChoosePorts(const ServeOptions& options, int expert_processes);

@@ -20,6 +20,7 @@ model::ModelConfig Config(int64_t inner, int64_t experts) {
   model::ModelConfig config;
   config.moe_intermediate_size = inner;
   config.n_routed_experts = experts;
+  config.num_experts_per_tok = 8;
   return config;
 }
 
@@ -214,6 +215,30 @@ TEST(PlanProcesses, AWildcardHostIsAskedAtTheLoopback) {
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_EQ(plan->back().health, "http://127.0.0.1:10002/ready");
   EXPECT_THAT(plan->back().argv, Contains("--listen=0.0.0.0:10002"));
+}
+
+TEST(PlanProcesses, MoreDeferredExpertsThanATokenHasAreRefused) {
+  ServeOptions options;
+  options.defer_experts = 8;
+  for (const int64_t experts : {256, 0}) {
+    const auto plan = PlanProcesses(options, "m", Config(2048, experts), TwoSockets(1),
+                                    ChoosePorts(options, 1).value(), "/r", "/b");
+    EXPECT_EQ(plan.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(plan.status().message()), StartsWith("--defer-experts 8: "));
+  }
+}
+
+TEST(PlanProcesses, MetricsOfAnIpv6HostListenAtIpv4) {
+  for (const auto& [host, metrics] : std::vector<std::pair<std::string, std::string>>{
+           {"::1", "127.0.0.1"}, {"fe80::1", "127.0.0.1"}, {"::", "0.0.0.0"}, {"0.0.0.0", "0.0.0.0"}}) {
+    ServeOptions options;
+    options.host = host;
+    const auto plan = PlanProcesses(options, "m", Config(2048, 256), TwoSockets(1),
+                                    ChoosePorts(options, 1).value(), "/r", "/b");
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    EXPECT_THAT((*plan)[0].argv, Contains("--metrics-listen=" + metrics + ":10021"));
+    EXPECT_THAT((*plan)[1].argv, Contains("--metrics-listen=" + metrics + ":10011"));
+  }
 }
 
 }  // namespace

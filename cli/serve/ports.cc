@@ -79,7 +79,9 @@ std::string PortOwner(int port) {
 
 absl::Status CheckPort(const std::string& host, int port, const std::string& flag) {
   const absl::Status probe = ProbeListen(HostPort{host, port}.ToString());
-  if (probe.code() != absl::StatusCode::kAlreadyExists) return Annotate(probe, flag);
+  // No such name, or not an address of this machine: no port would help.
+  const bool host_is_wrong = absl::IsNotFound(probe) || absl::IsInvalidArgument(probe);
+  if (!absl::IsAlreadyExists(probe)) return Annotate(probe, host_is_wrong ? "--host" : flag);
   const std::string owner = PortOwner(port);
   return absl::AlreadyExistsError(absl::StrCat("port ", port, " is in use", owner.empty() ? "" : " by ",
                                                owner, ": stop that, or choose another with ", flag,

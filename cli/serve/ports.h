@@ -10,7 +10,8 @@
 namespace tandem::cli {
 
 // OK if "host:port" can be listened at. AlreadyExists names the port, the flag that moves it and, where
-// /proc lets us see it, the process that has it. Other codes as ProbeListen's.
+// /proc lets us see it, the process that has it. Other codes as ProbeListen's; where the host is what is
+// wrong, the error names --host.
 absl::Status CheckPort(const std::string& host, int port, const std::string& flag);
 
 // A port of `host` that is free now and not among `taken`.

@@ -73,21 +73,27 @@ absl::Status CheckMemory(uint64_t needed, const MemoryPlan& plan, const topology
   if (memory.cgroup_limit_bytes) {
     limit = absl::StrCat(", and this cgroup may use ", FormatBytes(*memory.cgroup_limit_bytes));
   }
+  // Where the weights alone would fit, no other model is needed, but less beside them.
+  const uint64_t weights = plan.expert_bytes + plan.dense_bytes;
+  const uint64_t rest = needed - std::min(needed, weights);
+  const bool weights_fit = weights + plan.workspace_bytes < usable;
   return absl::ResourceExhaustedError(
       absl::StrCat("not enough memory: the model needs ", FormatBytes(needed), " (routed experts ",
                    FormatBytes(plan.expert_bytes), ", other weights ", FormatBytes(plan.dense_bytes),
-                   ", the rest for cache and buffers), available are ", FormatBytes(usable), " of ",
-                   FormatBytes(memory.total_bytes), limit,
-                   ". Take a smaller model or quantization, end other programs, or say --memory-check=false "
-                   "to try all the same"));
+                   ", KV cache, --kv-host-gb and buffers ", FormatBytes(rest), "), available are ",
+                   FormatBytes(usable), " of ", FormatBytes(memory.total_bytes), limit,
+                   weights_fit ? ". Give a smaller --kv-tokens, --ctx, --max-batch-size or --kv-host-gb"
+                               : ". Take a smaller model or quantization",
+                   ", end other programs, or say --memory-check=false to try all the same"));
 }
 
 absl::Status CheckPorts(const ServeOptions& options, const Ports& ports) {
   TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.http, "--port"));
   TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.grpc, "--grpc-port"));
-  TANDEM_RETURN_IF_ERROR(CheckPort(options.host, ports.attention_metrics, "--metrics-base-port"));
+  const std::string metrics = MetricsHost(options);
+  TANDEM_RETURN_IF_ERROR(CheckPort(metrics, ports.attention_metrics, "--metrics-base-port"));
   for (const int port : ports.expert_metrics) {
-    TANDEM_RETURN_IF_ERROR(CheckPort(options.host, port, "--metrics-base-port"));
+    TANDEM_RETURN_IF_ERROR(CheckPort(metrics, port, "--metrics-base-port"));
   }
   return absl::OkStatus();
 }

@@ -16,6 +16,8 @@ namespace tandem::cli {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
 
 std::string DemoModel() {
   return std::string(std::getenv("TANDEM_SOURCE_DIR")) + "/models/tinyr1-Q4_K_M.gguf";
@@ -52,6 +54,17 @@ TEST(Ports, APortInUseIsNamedWithItsOwner) {
   const std::string owner = PortOwner(listener.port());
   if (!owner.empty()) {
     EXPECT_THAT(message, HasSubstr("(pid " + std::to_string(getpid()) + ")"));
+  }
+}
+
+TEST(Ports, AHostThatIsWrongIsNamed) {
+  for (const char* host : {"nonexistent.invalid", "192.0.2.1"}) {  // no such name, not of this machine
+    EXPECT_THAT(std::string(CheckPort(host, 14300, "--port").message()),
+                StartsWith("--host: cannot listen at"));
+    ServeOptions options;
+    options.host = host;
+    options.port = 0;
+    EXPECT_THAT(std::string(ChoosePorts(options, 1).status().message()), StartsWith("--host: "));
   }
 }
 
@@ -118,6 +131,22 @@ TEST(Preflight, NoMemoryIsSaidWithTheNumbers) {
   memory.cgroup_limit_bytes = 32'000'000'000;
   memory.cgroup_available_bytes = 30'000'000'000;
   EXPECT_THAT(std::string(CheckMemory(59'000'000'000, plan, memory).message()), HasSubstr("32.0 GB"));
+}
+
+TEST(Preflight, WhereTheCacheIsTooMuchItsFlagsAreNamed) {
+  MemoryPlan plan;
+  plan.expert_bytes = 10'000'000'000;
+  plan.dense_bytes = 1'000'000'000;
+  topology::MemoryInfo memory;
+  memory.total_bytes = 64'000'000'000;
+  memory.available_bytes = 60'000'000'000;
+  const std::string message(CheckMemory(1'011'000'000'000, plan, memory).message());
+  for (const char* word : {"KV cache, --kv-host-gb and buffers 1.0 TB", "--kv-tokens"}) {
+    EXPECT_THAT(message, HasSubstr(word));
+  }
+  EXPECT_THAT(message, Not(HasSubstr("smaller model")));
+  plan.expert_bytes = 380'000'000'000;
+  EXPECT_THAT(std::string(CheckMemory(391'000'000'000, plan, memory).message()), HasSubstr("smaller model"));
 }
 
 TEST(Preflight, ServingBytesGrowWithContextAndBatch) {

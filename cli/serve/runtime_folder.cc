@@ -27,9 +27,28 @@ int Lock(const std::string& folder, int flags) {
   const int fd = open((folder + kLock).c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
   if (fd < 0) return -1;
   if (flock(fd, LOCK_EX | LOCK_NB) == 0) return fd;
+  const int error = errno;
   close(fd);
+  errno = error;
   return -1;
 }
+
+// A new folder in `place` with its lock; -1 and errno where there is none. A RemoveStale of another start may
+// find the file of a lock before it is taken, and take it away: then EAGAIN.
+int MakeFolder(const std::string& place, std::string* folder) {
+  *folder = absl::StrCat(place, "/", kPrefix, "XXXXXX");
+  if (mkdtemp(folder->data()) == nullptr) return -1;
+  const int lock = Lock(*folder, O_CREAT | O_EXCL);
+  struct stat info {};
+  if (lock < 0 || (fstat(lock, &info) == 0 && info.st_nlink > 0)) return lock;
+  close(lock);
+  errno = EAGAIN;
+  return -1;
+}
+
+// gRPC takes a part of such a path for something else: lists of addresses are split at commas, a percent sign
+// begins an escape.
+bool FitsAddresses(const std::string& place) { return place.find_first_of(",:%") == std::string::npos; }
 
 // Folders of this user in `place` whose lock nobody holds. Ones without a lock file are left alone: they may
 // be coming into being, or be something else.
@@ -57,12 +76,15 @@ absl::StatusOr<std::unique_ptr<RuntimeFolder>> RuntimeFolder::Make() {
   places.emplace_back("/tmp");
   std::string why;
   for (const std::string& place : places) {
-    std::string folder = absl::StrCat(place, "/", kPrefix, "XXXXXX");
-    if (folder.size() > kLongest) continue;
+    constexpr size_t kNameSize = 14;  // "/tandem-XXXXXX"
+    if (place.size() + kNameSize > kLongest || !FitsAddresses(place)) continue;
     RemoveStale(place);
-    if (mkdtemp(folder.data()) != nullptr) {
-      const int lock = Lock(folder, O_CREAT | O_EXCL);
+    std::string folder;
+    constexpr int kAttempts = 20;
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      const int lock = MakeFolder(place, &folder);
       if (lock >= 0) return std::unique_ptr<RuntimeFolder>(new RuntimeFolder(folder, lock));
+      if (errno != EAGAIN) break;
     }
     absl::StrAppend(&why, why.empty() ? "" : "; ", place, ": ", std::strerror(errno));
   }

@@ -9,8 +9,9 @@
 namespace tandem::cli {
 
 // A fresh folder tandem-XXXXXX, mode 0700, under XDG_RUNTIME_DIR or /tmp, short enough for the names of
-// sockets. Gone with the object. A server that was killed leaves its folder behind; the next one takes it
-// away: a lock on a file in it, which the kernel gives up with the process, tells the dead from the living.
+// sockets and without characters that mean something in their addresses. Gone with the object. A server that
+// was killed leaves its folder behind; the next one takes it away: a lock on a file in it, which the kernel
+// gives up with the process, tells the dead from the living.
 class RuntimeFolder {
  public:
   // PermissionDenied: none can be made; says why for each place.

@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <thread>
+#include <vector>
 
 namespace tandem::cli {
 namespace {
@@ -66,6 +69,36 @@ TEST_F(RuntimeFolderTest, APlaceWhoseNameIsTooLongForSocketsIsNotUsed) {
   const auto folder = RuntimeFolder::Make();
   ASSERT_TRUE(folder.ok()) << folder.status();
   EXPECT_THAT((*folder)->path(), StartsWith("/tmp/tandem-"));
+}
+
+TEST_F(RuntimeFolderTest, APlaceWhoseNameMeansSomethingInAddressesIsNotUsed) {
+  for (const char* name : {"/a,b", "/a:b", "/a%20b"}) {
+    fs::create_directory(place_ + name);
+    setenv("XDG_RUNTIME_DIR", (place_ + name).c_str(), 1);
+    const auto folder = RuntimeFolder::Make();
+    ASSERT_TRUE(folder.ok()) << folder.status();
+    EXPECT_THAT((*folder)->path(), StartsWith("/tmp/tandem-"));
+  }
+}
+
+TEST_F(RuntimeFolderTest, ManyStartAtTheSameMoment) {
+  std::atomic<int> failed = 0, gone = 0;
+  std::vector<std::thread> starts;
+  for (int i = 0; i < 8; ++i) {
+    starts.emplace_back([&] {
+      for (int n = 0; n < 200; ++n) {
+        const auto folder = RuntimeFolder::Make();
+        if (!folder.ok()) {
+          ++failed;
+        } else if (!fs::exists((*folder)->path() + "/lock")) {
+          ++gone;
+        }
+      }
+    });
+  }
+  for (std::thread& start : starts) start.join();
+  EXPECT_EQ(failed, 0);
+  EXPECT_EQ(gone, 0);
 }
 
 }  // namespace

@@ -145,7 +145,10 @@ absl::Status CheckTarget(const std::vector<std::string>& names, const SynthOptio
       return absl::AlreadyExistsError(absl::StrCat(name, " exists; --force overwrites it"));
     }
   }
-  std::filesystem::path folder = std::filesystem::path(names.front()).parent_path();
+  // The room that counts is that where a link leads.
+  std::filesystem::path target = names.front();
+  if (std::filesystem::is_symlink(target, error)) target = std::filesystem::weakly_canonical(target, error);
+  std::filesystem::path folder = target.parent_path();
   if (folder.empty()) folder = ".";
   struct statvfs disk = {};
   if (statvfs(folder.c_str(), &disk) != 0) {

@@ -55,12 +55,26 @@ class Runner {
       return absl::DeadlineExceededError(
           absl::StrCat(url_.ToString(), " did not answer within ", patience.count() / 1000.0, " s"));
     }
-    return absl::UnavailableError(absl::StrCat(url_.ToString(), ": ", result->message()));
+    return absl::UnavailableError(absl::StrCat(url_.ToString(), ": ", What(*result)));
   }
 
+  // From now on an end of the connection is one in the middle of an answer.
+  void AnswerHasBegun() { answering_ = true; }
+
  private:
+  std::string What(const error_code& error) const {
+    const bool lost = error == asio::error::connection_reset || error == asio::error::eof ||
+                      error == http::error::end_of_stream;
+    if (error == http::error::partial_message || (lost && answering_)) {
+      return "the connection was lost in the middle of the answer";
+    }
+    return error == http::error::end_of_stream ? "the connection was closed without an answer"
+                                               : error.message();
+  }
+
   const Url& url_;
   const std::atomic<bool>* stop_;
+  bool answering_ = false;
   asio::io_context io_;
   beast::tcp_stream stream_;
 };
@@ -113,6 +127,14 @@ absl::StatusOr<Url> ParseUrl(const std::string& text) {
   return url;
 }
 
+absl::StatusOr<Url> ParseApiUrl(const std::string& text) {
+  constexpr std::string_view kVersion = "/v1";
+  TANDEM_ASSIGN_OR_RETURN(Url url, ParseUrl(text));
+  if (url.path.ends_with(kVersion)) url.path.resize(url.path.size() - kVersion.size());
+  while (!url.path.empty() && url.path.back() == '/') url.path.pop_back();
+  return url;
+}
+
 HttpClient::HttpClient(Url url, const std::atomic<bool>* stop, std::string api_key)
     : url_(std::move(url)), stop_(stop), api_key_(std::move(api_key)) {}
 
@@ -159,6 +181,7 @@ absl::StatusOr<HttpReply> HttpClient::Call(bool post, const std::string& path, c
   parser.body_limit(on_data ? std::numeric_limits<uint64_t>::max() : kLargestReply);
   TANDEM_RETURN_IF_ERROR(runner.Run(
       patience, [&](auto done) { http::async_read_header(stream, buffer, parser, std::move(done)); }));
+  runner.AnswerHasBegun();
   HttpReply reply;
   reply.status = static_cast<int>(parser.get().result_int());
   reply.content_type = std::string(parser.get()[http::field::content_type]);

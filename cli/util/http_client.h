@@ -25,6 +25,9 @@ struct Url {
 // is not spoken).
 absl::StatusOr<Url> ParseUrl(const std::string& text);
 
+// The same without the "/v1" at its end that other programs' base addresses have: paths begin with it here.
+absl::StatusOr<Url> ParseApiUrl(const std::string& text);
+
 struct HttpReply {
   int status = 0;
   std::string content_type;
@@ -37,7 +40,8 @@ class HttpClient {
   // `api_key`, if not empty, is sent as a bearer token.
   explicit HttpClient(Url url, const std::atomic<bool>* stop = nullptr, std::string api_key = "");
 
-  // Unavailable: nobody answers at the address. DeadlineExceeded: `patience` passed without a byte.
+  // Unavailable: nobody answers at the address, or the connection was lost. DeadlineExceeded: `patience`
+  // passed without a byte.
   absl::StatusOr<HttpReply> Get(const std::string& path, std::chrono::milliseconds patience) const;
 
   // Pieces of a 200 answer's body go to `on_data` as they come, and `body` stays empty; other answers are

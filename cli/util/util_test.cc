@@ -69,6 +69,15 @@ TEST(Url, Refuses) {
   }
 }
 
+TEST(Url, OfAnApiMayEndWithItsVersion) {
+  for (const char* text : {"http://h:1/v1", "http://h:1/v1/", "http://h:1/", "h:1"}) {
+    EXPECT_EQ(ParseApiUrl(text)->path, "") << text;
+  }
+  EXPECT_EQ(ParseApiUrl("http://h:1/proxy/v1")->path, "/proxy");
+  EXPECT_EQ(ParseApiUrl("http://h:1/av1")->path, "/av1");
+  EXPECT_FALSE(ParseApiUrl("https://h/v1").ok());
+}
+
 TEST(Sse, PiecesMayBeCutAnywhere) {
   const std::string stream =
       ": a comment\r\n\r\ndata: {\"a\":1}\n\ndata:x\r\ndata: y\r\n\r\nevent: z\nid: 3\n\ndata\n\ndata: "

@@ -3,7 +3,11 @@
 #include <CLI/CLI.hpp>
 #include <cctype>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
+#include <sstream>
+#include <string>
+#include <string_view>
 #include <vector>
 
 namespace tandem::flags {
@@ -21,7 +25,11 @@ class FileBelowEnvironment final : public CLI::ConfigTOML {
   explicit FileBelowEnvironment(const CLI::App* app) : app_(app) {}
 
   std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
-    std::vector<CLI::ConfigItem> items = CLI::ConfigTOML::from_config(input);
+    std::string text(std::istreambuf_iterator<char>(input), {});
+    constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";  // Windows editors write one
+    if (text.starts_with(kByteOrderMark)) text.erase(0, kByteOrderMark.size());
+    std::istringstream rest(text);
+    std::vector<CLI::ConfigItem> items = CLI::ConfigTOML::from_config(rest);
     std::erase_if(items, [this](const CLI::ConfigItem& item) {
       const CLI::Option* option = app_->get_option_no_throw("--" + item.name);
       return option != nullptr && !option->get_envname().empty() && IsSet(option->get_envname());

@@ -101,6 +101,12 @@ TEST_F(SourcesTest, TheFileMayBeNamedByTheEnvironment) {
   EXPECT_EQ(values_.number, 5);
 }
 
+TEST_F(SourcesTest, TheFileMayBeginWithAByteOrderMarkAndHaveSingleQuotes) {
+  EXPECT_EQ(Parse({"--config", WriteFile("\xEF\xBB\xBFnumber = 6\nsome-text = 'a b'\n")}), "");
+  EXPECT_EQ(values_.number, 6);
+  EXPECT_EQ(values_.text, "a b");
+}
+
 TEST_F(SourcesTest, MistakesInTheFileAreErrors) {
   EXPECT_THAT(Parse({"--config", "/nonexistent/file"}), HasSubstr("/nonexistent/file"));
   EXPECT_THAT(Parse({"--config", WriteFile("numbre = 4\n")}), HasSubstr("numbre"));

@@ -1,5 +1,6 @@
 // Writes GGUF v3 files.
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <map>
 #include <type_traits>
@@ -386,12 +388,44 @@ std::string Writer::SerializeAll(uint32_t alignment) const {
   return out;
 }
 
+namespace {
+
+// The file that `path` stands for, symbolic links followed, also to where nothing is yet. Renaming replaces
+// whatever has the name: a link, and for root a device, must not be lost to a model.
+absl::StatusOr<std::string> WriteTarget(const std::string& path) {
+  constexpr int kMostLinks = 40;  // as in the kernel
+  std::filesystem::path target = path;
+  for (int links = 0; links <= kMostLinks; ++links) {
+    struct stat info {};
+    if (lstat(target.c_str(), &info) != 0) return target.string();  // what is wrong, creating it will say
+    if (S_ISLNK(info.st_mode)) {
+      std::error_code error;
+      const std::filesystem::path link = std::filesystem::read_symlink(target, error);
+      if (error) return absl::InternalError(absl::StrCat(target.string(), ": ", error.message()));
+      target = target.parent_path() / link;
+      continue;
+    }
+    if (S_ISREG(info.st_mode)) return target.string();
+    return absl::FailedPreconditionError(absl::StrCat(
+        path, target == path ? "" : absl::StrCat(" is a link to ", target.string(), ", which"), " is ",
+        S_ISDIR(info.st_mode)                            ? "a folder"
+        : S_ISCHR(info.st_mode) || S_ISBLK(info.st_mode) ? "a device"
+        : S_ISFIFO(info.st_mode)                         ? "a pipe"
+                                                         : "a socket",
+        ": only a regular file can be replaced"));
+  }
+  return absl::FailedPreconditionError(absl::StrCat(path, ": too many symbolic links"));
+}
+
+}  // namespace
+
 absl::Status Writer::WriteFile(const std::string& path, uint32_t alignment) const {
   return WriteFile(path, Options{.alignment = alignment});
 }
 
 absl::Status Writer::WriteFile(const std::string& path, const Options& options) const {
-  const std::string partial = absl::StrCat(path, ".partial-", getpid());
+  TANDEM_ASSIGN_OR_RETURN(const std::string target, WriteTarget(path));
+  const std::string partial = absl::StrCat(target, ".partial-", getpid());
   const int fd = open(partial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   const auto failed = [&](const char* action, int error) {
     const std::string message = absl::StrCat(partial, ": cannot ", action, ": ", std::strerror(error));
@@ -413,7 +447,7 @@ absl::Status Writer::WriteFile(const std::string& path, const Options& options) 
     return absl::OkStatus();
   });
   if (close(fd) != 0 && status.ok()) status = failed("close", errno);
-  if (status.ok() && std::rename(partial.c_str(), path.c_str()) != 0) status = failed("rename", errno);
+  if (status.ok() && std::rename(partial.c_str(), target.c_str()) != 0) status = failed("rename", errno);
   if (!status.ok()) unlink(partial.c_str());
   return status;
 }

@@ -37,7 +37,7 @@ absl::Status BenchServe(const ServeLoadOptions& options, Report& report) {
   TANDEM_RETURN_IF_ERROR(Check(options));
   LoadPlan plan;
   plan.options = options;
-  TANDEM_ASSIGN_OR_RETURN(plan.url, ParseUrl(options.url));
+  TANDEM_ASSIGN_OR_RETURN(plan.url, ParseApiUrl(options.url));
   WorkloadOptions workload;
   if (!options.trace.empty()) {
     TANDEM_ASSIGN_OR_RETURN(workload.trace, ReadTrace(options.trace, options.trace_format));
