@@ -52,11 +52,42 @@ int Refuse(const absl::Status& status) {
 }
 
 // The services read flags that they are not given from the environment. What this command decides must not be
-// decided again there, for all of them alike.
+// decided again there, for all of them alike, and its own flags come before the environment, which it has
+// read itself.
 void KeepOwnFlagsFromChildren() {
-  for (const char* name : {"TANDEM_CONFIG", "TANDEM_LISTEN", "TANDEM_GRPC_LISTEN", "TANDEM_METRICS_LISTEN",
-                           "TANDEM_ENGINE", "TANDEM_EXPERT", "TANDEM_EXPERTS", "TANDEM_SLICE", "TANDEM_CPUS",
-                           "TANDEM_THREADS", "TANDEM_NUMA_NODE", "TANDEM_NUMA_NODES"}) {
+  for (const char* name : {"TANDEM_CONFIG",
+                           "TANDEM_LISTEN",
+                           "TANDEM_GRPC_LISTEN",
+                           "TANDEM_METRICS_LISTEN",
+                           "TANDEM_ENGINE",
+                           "TANDEM_EXPERT",
+                           "TANDEM_EXPERTS",
+                           "TANDEM_SLICE",
+                           "TANDEM_CPUS",
+                           "TANDEM_THREADS",
+                           "TANDEM_NUMA_NODE",
+                           "TANDEM_NUMA_NODES",
+                           "TANDEM_MODEL",
+                           "TANDEM_MODEL_ID",
+                           "TANDEM_GPU",
+                           "TANDEM_PRECISION",
+                           "TANDEM_CTX",
+                           "TANDEM_MAX_BATCH_SIZE",
+                           "TANDEM_CHUNK_SIZE",
+                           "TANDEM_MAX_WAITING",
+                           "TANDEM_KV_TOKENS",
+                           "TANDEM_KV_HOST_GB",
+                           "TANDEM_KV_CACHE_TYPE",
+                           "TANDEM_PREFIX_CACHE",
+                           "TANDEM_VRAM_GB",
+                           "TANDEM_MEMORY_CHECK",
+                           "TANDEM_DEFER_EXPERTS",
+                           "TANDEM_MAX_DECODE_SLOWDOWN",
+                           "TANDEM_STREAM_PREFILL",
+                           "TANDEM_STREAM_SHARE",
+                           "TANDEM_ARENA",
+                           "TANDEM_STREAM_CHUNK_SIZE",
+                           "TANDEM_EXPERT_GROUPS"}) {
     unsetenv(name);
   }
 }
