@@ -144,8 +144,8 @@ class File {
   const std::vector<Tensor>& tensors() const { return tensors_; }
   const Tensor* FindTensor(std::string_view name) const;  // nullptr if absent
 
-  // 16 hex digits over metadata, tensor list and sizes (not over the weights, nor over how the model is split
-  // and aligned): tells whether two processes opened the same model.
+  // 16 hex digits over metadata, tensor list, sizes and two samples of each tensor (after ParseHeader: of
+  // none), not over how the model is split and aligned: tells whether two processes opened the same model.
   std::string Fingerprint() const;
 
  private:

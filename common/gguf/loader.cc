@@ -17,24 +17,11 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "common/base/status_macros.h"
+#include "common/gguf/file_map.h"
 #include "common/gguf/gguf.h"
 #include "common/gguf/header_parser.h"
 
 namespace tandem::gguf {
-
-// A read-only map of a whole file.
-struct File::Map {
-  void* address = nullptr;
-  size_t size = 0;
-
-  Map() = default;
-  Map(const Map&) = delete;
-  Map& operator=(const Map&) = delete;
-  ~Map() {
-    if (address != nullptr) munmap(address, size);
-  }
-  std::span<const uint8_t> bytes() const { return {static_cast<const uint8_t*>(address), size}; }
-};
 
 File::File() = default;
 File::~File() = default;
@@ -221,7 +208,7 @@ absl::Status Loader::LoadShard(const std::string& path, int shard, uint64_t coun
     }
   }
   TANDEM_RETURN_IF_ERROR(AdoptTensors(std::move(header), shard, base, file));
-  if (map_data) file->maps_.push_back(std::move(map));
+  file->maps_.push_back(std::move(map));  // without data, too: Fingerprint looks into it
   return absl::OkStatus();
 }
 

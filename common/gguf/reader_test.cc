@@ -279,5 +279,38 @@ TEST(Reader, FingerprintTellsModelsApart) {
   EXPECT_NE(base, print("m", 4, "u", 32));
 }
 
+TEST(Reader, FingerprintTellsWeightsApart) {
+  const TempFolder folder;
+  int files = 0;
+  const auto print = [&](const std::string& small, const std::string& large) {
+    Writer w;
+    w.AddString("general.name", "m");
+    EXPECT_TRUE(w.AddTensor("small", TensorType::kF32, {4}, AsBytes(small)).ok());
+    EXPECT_TRUE(w.AddTensor("large", TensorType::kF32, {1000}, AsBytes(large)).ok());
+    const std::string path = folder / (std::to_string(files++) + ".gguf");
+    EXPECT_TRUE(w.WriteFile(path).ok());
+    const auto file = File::Open(path), again = File::Open(path);
+    const auto header = File::Open(path, {.map_data = false});
+    EXPECT_TRUE(file.ok() && again.ok() && header.ok()) << file.status();
+    EXPECT_EQ((*file)->Fingerprint(), (*again)->Fingerprint());
+    EXPECT_EQ((*file)->Fingerprint(), (*header)->Fingerprint()) << "as the expert processes open it";
+    return (*file)->Fingerprint();
+  };
+  const std::string small(16, 's'), large(4000, 'x');
+  const std::string base = print(small, large);
+  EXPECT_EQ(base, print(small, large));
+  for (const size_t i : {0, 15}) {
+    std::string other = small;
+    other[i] = 'o';
+    EXPECT_NE(base, print(other, large)) << i;
+  }
+  for (const size_t i : {1500, 1563, 3500, 3563}) {
+    std::string other = large;
+    other[i] = 'o';
+    EXPECT_NE(base, print(small, other)) << i;
+  }
+  EXPECT_NE(base, print(small, large.substr(0, 2000) + std::string(2000, '\0'))) << "half copied";
+}
+
 }  // namespace
 }  // namespace tandem::gguf

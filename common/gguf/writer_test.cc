@@ -1,8 +1,10 @@
 // What the writer leaves in the file, read back.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "common/gguf/gguf.h"
 #include "common/gguf/raw_gguf_for_test.h"
@@ -175,6 +177,46 @@ TEST(Writer, AFailedWriteLeavesNothing) {
   std::filesystem::create_directories(folder / "taken");
   EXPECT_FALSE(w.WriteFile(folder / "taken").ok());
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
+}
+
+TEST(Writer, ALinkStaysAndItsTargetIsWritten) {
+  const TempFolder folder;
+  Writer w;
+  w.AddString("general.name", "new");
+  std::filesystem::create_directories(folder / "disk");
+  std::ofstream(folder / "disk/m.gguf") << "old";
+  std::filesystem::create_symlink("disk/m.gguf", folder / "near");
+  std::filesystem::create_symlink("near", folder / "far");
+  std::filesystem::create_symlink("disk/fresh.gguf", folder / "dangling");
+  for (const char* name : {"far", "dangling"}) {
+    ASSERT_TRUE(w.WriteFile(folder / name).ok());
+    EXPECT_TRUE(std::filesystem::is_symlink(folder / name)) << name;
+  }
+  for (const char* name : {"disk/m.gguf", "disk/fresh.gguf"}) {
+    EXPECT_TRUE(std::filesystem::is_regular_file(std::filesystem::symlink_status(folder / name))) << name;
+    const auto file = File::Open(folder / name, {.map_data = false});
+    ASSERT_TRUE(file.ok()) << file.status();
+    EXPECT_EQ(*(*file)->GetString("general.name"), "new");
+  }
+  std::filesystem::create_symlink("circle", folder / "circle");
+  EXPECT_THAT(std::string(w.WriteFile(folder / "circle").message()), HasSubstr("too many symbolic links"));
+}
+
+TEST(Writer, OnlyARegularFileIsReplaced) {
+  const TempFolder folder;
+  const std::string pipe = folder / "pipe", link = folder / "link";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  std::filesystem::create_symlink("pipe", link);
+  Writer w;
+  for (const std::string& path : {pipe, link}) {
+    const absl::Status status = w.WriteFile(path);
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(path + " is a "));
+    EXPECT_THAT(std::string(status.message()), HasSubstr("is a pipe: only a regular file can be replaced"));
+  }
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
+  EXPECT_TRUE(std::filesystem::is_symlink(link));
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 2);
 }
 
 }  // namespace

@@ -388,6 +388,107 @@ TEST_F(LifecycleTest, AFullEngineLeavesTheSequenceToTheNext) {
   gateway_.reset();
 }
 
+FakeEngine::Script OutOfPatience(int after_tokens) {
+  FakeEngine::Script script;
+  script.text = LongText();
+  script.fail_after = after_tokens;
+  script.failure = grpc::Status(grpc::StatusCode::ABORTED, "expert x is lost; not back within 10s");
+  return script;
+}
+
+TEST_F(LifecycleTest, AnEngineOutOfPatienceIsNotAskedAgain) {
+  Start();
+  engine_->SetScript(OutOfPatience(0));
+  const HttpReply reply = Chat();
+  ExpectError(reply, 503, "server_error", "", "service_unavailable", "expert x is lost; not back within 10s");
+  EXPECT_EQ(reply.headers.count("retry-after"), 1u);
+  EXPECT_EQ(engine_->requests().size(), 1u);
+  engine_->SetScript(OutOfPatience(3));
+  EXPECT_THAT(Chat(R"("stream":true)").body, HasSubstr("not back within 10s"));
+  EXPECT_EQ(engine_->requests().size(), 2u);
+  EXPECT_TRUE(gateway_->ready()) << "it is there";
+}
+
+TEST_F(LifecycleTest, AnEngineOutOfPatienceLeavesTheSequenceToOneThatComputes) {
+  FakeEngine second;
+  second.Start();
+  options_.engines.push_back(second.address());
+  Start();
+  FakeEngine::Script script;
+  script.text = LongText();
+  engine_->SetScript(script);
+  second.SetScript(script);
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  const std::string expected = ParseStream(Chat(R"("stream":true)")).content;
+  for (const int tokens : {0, 5}) {
+    // Whichever is asked first.
+    const size_t before = second.requests().size();
+    engine_->SetScript(OutOfPatience(tokens));
+    const Streamed moved = ParseStream(Chat(R"("stream":true)"));
+    EXPECT_EQ(moved.content, expected);
+    EXPECT_EQ(moved.finish, "stop");
+    ASSERT_EQ(second.requests().size(), before + 1);
+    EXPECT_EQ(second.requests().back().resumed_tokens(), static_cast<uint32_t>(tokens));
+  }
+  EXPECT_EQ(Metric("tandem_stream_resumes_total{service=\"gateway\"} "), "2");
+
+  // Nobody waits in turn at engines that would only wait, too.
+  second.SetScript(OutOfPatience(0));
+  const size_t first_before = engine_->requests().size(), second_before = second.requests().size();
+  EXPECT_EQ(Chat().status, 503);
+  EXPECT_EQ(engine_->requests().size() + second.requests().size(), first_before + second_before + 2);
+  gateway_.reset();
+}
+
+TEST_F(LifecycleTest, StreamsOfADegradedEngineGoOnWithAnother) {
+  FakeEngine second;
+  second.SetServing(false);  // not yet: both streams begin at the first one
+  second.Start();
+  options_.engines.push_back(second.address());
+  Start();
+  FakeEngine::Script script;
+  script.hang = true;
+  engine_->SetScript(script);
+  RawClient silent(gateway_->http_port());
+  silent.Send(Wire("POST", "/v1/chat/completions", ChatBody(R"("stream":true)")));
+  while (engine_->running() < 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  script.hang = false;
+  script.text = LongText().substr(0, 100);
+  script.stay = true;
+  engine_->SetScript(script);
+  RawClient begun(gateway_->http_port());
+  begun.Send(Wire("POST", "/v1/chat/completions", ChatBody(R"("stream":true,"ignore_eos":true)")));
+  begun.ReadUntil("word");
+
+  script.text = LongText();
+  second.SetScript(script);
+  engine_->SetDegraded("expert process unix:/x is gone");
+  second.SetServing(true);
+  EXPECT_THAT(silent.ReadUntil("[DONE]"), HasSubstr("\"finish_reason\":\"stop\""));
+  for (int i = 0; i < 5000 && second.requests().size() < 2; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  ASSERT_EQ(second.requests().size(), 2u);
+  EXPECT_GT(second.requests()[0].resumed_tokens() + second.requests()[1].resumed_tokens(), 0u);
+  EXPECT_TRUE(engine_->WaitCancelled(2)) << "nothing goes on there";
+  EXPECT_EQ(engine_->requests().size(), 2u);
+  begun.Close();
+  gateway_.reset();
+}
+
+TEST_F(LifecycleTest, AnEngineOutOfPatienceDoesNotPassOnToADegradedOne) {
+  FakeEngine second;
+  second.Start();
+  second.SetDegraded("its experts are lost as well");
+  options_.engines.push_back(second.address());
+  Start();
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  engine_->SetScript(OutOfPatience(0));
+  EXPECT_EQ(Chat().status, 503);
+  EXPECT_EQ(engine_->requests().size(), 1u);
+  EXPECT_EQ(second.requests().size(), 0u);
+  gateway_.reset();
+}
+
 TEST_F(LifecycleTest, AClientThatDoesNotReadIsCancelled) {
   options_.max_output_bytes = 64 << 10;
   engine_->SetContext(200'000);

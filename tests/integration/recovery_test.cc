@@ -4,9 +4,13 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <filesystem>
+#include <fstream>
 #include <future>
 #include <iostream>
 
+#include "common/gguf/gguf.h"
+#include "common/model/tensors.h"
 #include "common/rpc/channel.h"
 #include "tests/integration/stack.h"
 
@@ -14,6 +18,7 @@ namespace tandem::integration {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 constexpr int kLongTokens = 600;  // long enough that a kill after a few events comes in mid-stream
 constexpr int kEventsBefore = 10;
@@ -194,6 +199,50 @@ TEST(ReadinessTest, FollowsTheExpertsWithoutAnyRequest) {
   stack.StartExpert(0);
   EXPECT_EQ(waiting.get().content, "12 + 34 = 46.");
   WaitForReady(rest, 200);
+}
+
+// Nobody asks anything: that the process which is back holds other weights must show all the same.
+TEST(ReadinessTest, AnIdleEngineRefusesExpertsWithOtherWeights) {
+  const TempFolder folder;
+  const std::string model = folder / "model.gguf";
+  std::filesystem::copy_file(DemoModel(), model);
+  // Turns the sampled bytes of some expert tensor to other ones, and back.
+  const auto change = [&] {
+    const auto file = gguf::File::Open(model);
+    ASSERT_TRUE(file.ok()) << file.status();
+    for (const gguf::Tensor& t : (*file)->tensors()) {
+      if (!model::IsRoutedExpertTensor(t.name)) continue;
+      const auto at = static_cast<std::streamoff>(t.file_offset + t.nbytes / 8 * 3);
+      const char other = static_cast<char>(t.data[t.nbytes / 8 * 3] ^ 1);
+      std::fstream(model, std::ios::in | std::ios::out | std::ios::binary).seekp(at).put(other);
+      return;
+    }
+    FAIL() << "no routed experts";
+  };
+  StackOptions options;
+  options.expert_model = model;
+  Stack stack(options);
+  ASSERT_TRUE(stack.WaitReady());
+  const RestClient rest = stack.rest();
+
+  stack.expert().Kill();
+  WaitForReady(rest, 503);
+  change();
+  stack.StartExpert(0);
+  EXPECT_TRUE(stack.attention().WaitForOutput("holds another model .*; no step is computed").has_value());
+  EXPECT_TRUE(WaitUntil([&] {
+    const Reply reply = rest.Get("/ready");
+    return reply.status == 503 &&
+           reply.body["error"]["message"].get<std::string>().find("holds another model") != std::string::npos;
+  })) << stack.Logs();
+  EXPECT_THAT(stack.attention().Output(), Not(HasSubstr("the experts are back")));
+
+  stack.expert().Kill();
+  change();
+  stack.StartExpert(0);
+  WaitForReady(rest, 200);
+  EXPECT_TRUE(stack.attention().WaitForOutput("the experts are back").has_value());
+  EXPECT_EQ(rest.Ask(Question("What is 12 + 34?")).content, "12 + 34 = 46.");
 }
 
 TEST(LossTest, ExpertThatDoesNotComeBack) {

@@ -23,11 +23,13 @@ constexpr absl::Duration kRecoverySlice = absl::Seconds(1);
 constexpr absl::Duration kRecoveryPause = absl::Milliseconds(50);
 constexpr absl::Duration kLongLook = absl::Milliseconds(10);  // of who has nothing else to do
 
-bool IsLoss(const absl::Status& s) { return absl::IsUnavailable(s) || absl::IsDeadlineExceeded(s); }
-
 double Seconds(std::chrono::steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
 }  // namespace
+
+bool IsLoss(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+}
 
 class Scheduler::Loop {
  public:
@@ -92,7 +94,19 @@ class Scheduler::Loop {
     Lock lock(mutex_);
     SchedulerSnapshot s = snapshot_;
     s.waiting = static_cast<int32_t>(live_) - s.running;
+    if (s.healthy && !suspicion_.ok()) {
+      s.healthy = false;
+      s.loss = suspicion_;
+    }
     return s;
+  }
+
+  void SuspectExperts(const absl::Status& why) {
+    {
+      Lock lock(mutex_);
+      suspicion_ = why;
+    }
+    wake_.notify_all();
   }
 
   void OnHealthChange(std::function<void(bool)> callback) {
@@ -125,6 +139,7 @@ class Scheduler::Loop {
   void Run() {
     while (TakeInbox()) {
       DropLate();
+      if (planner_.idle() && !lost_) TakeSuspicion();
       if (lost_) {
         Recover();
         continue;
@@ -143,7 +158,7 @@ class Scheduler::Loop {
       const auto begin = std::chrono::steady_clock::now();
       const absl::Status status = backend_.Step(plan.batch, &result);
       if (status.ok()) {
-        lost_since_.reset();
+        StepWorked();
         planner_.Done(plan, Seconds(std::chrono::steady_clock::now() - begin));
         Commit(plan, result);
       } else {
@@ -174,7 +189,7 @@ class Scheduler::Loop {
     if (!done.ok()) {
       Failed(EndLong(), done.status());
     } else {
-      lost_since_.reset();
+      StepWorked();
       const Plan plan = *std::exchange(long_, std::nullopt);
       planner_.LongDone(plan, Seconds(std::chrono::steady_clock::now() - long_begin_));
       Commit(plan, result);
@@ -224,7 +239,8 @@ class Scheduler::Loop {
     {
       Lock lock(mutex_);
       if (planner_.idle() && !lost_) {
-        wake_.wait(lock, [this] { return stop_ || !inbox_.empty() || !cancels_.empty(); });
+        wake_.wait(lock,
+                   [this] { return stop_ || !inbox_.empty() || !cancels_.empty() || !suspicion_.ok(); });
       }
       inbox.swap(inbox_);
       cancels.swap(cancels_);
@@ -242,13 +258,30 @@ class Scheduler::Loop {
     }
   }
 
+  void StepWorked() {
+    lost_since_.reset();
+    Lock lock(mutex_);
+    suspicion_ = absl::OkStatus();
+  }
+
+  // Without steps nothing else would show that the experts are gone, or that those that are there now are
+  // other ones.
+  void TakeSuspicion() {
+    absl::Status suspicion;
+    {
+      Lock lock(mutex_);
+      suspicion = std::exchange(suspicion_, absl::OkStatus());
+    }
+    if (!suspicion.ok()) Lose(suspicion);
+  }
+
   // A step failed because experts are gone. Nothing of it is kept: the next one is planned anew.
   void Lose(const absl::Status& status) {
     DropLong();
     lost_ = true;
     loss_ = status;
     if (!lost_since_) lost_since_ = absl::Now();
-    SetHealth(false);
+    SetHealth(status);
     FailImpatient();
   }
 
@@ -259,10 +292,12 @@ class Scheduler::Loop {
     const absl::Status back = backend_.RecoverExperts(kRecoverySlice);
     if (back.ok()) {
       lost_ = false;
+      if (planner_.idle()) lost_since_.reset();  // nobody has waited for a step since
       ++recoveries_;
-      SetHealth(true);
+      SetHealth(absl::OkStatus());
     } else {
       loss_ = Annotate(back, "the experts are lost");
+      SetHealth(back);
       FailImpatient();
       Lock lock(mutex_);  // not in a hot loop if the backend gives up at once
       wake_.wait_for(lock, absl::ToChronoNanoseconds(kRecoveryPause - (absl::Now() - begin)),
@@ -272,25 +307,29 @@ class Scheduler::Loop {
   }
 
   // Those that no step has worked for during the whole patience. A step that works ends the loss; experts
-  // that come back only to be lost again do not.
+  // that come back only to be lost again do not. Aborted, not Unavailable: the engine is there, and whoever
+  // calls it again begins to wait anew.
   void FailImpatient() {
     const absl::Time latest = absl::Now() - options_.expert_patience;
     if (*lost_since_ > latest) return;
     for (uint64_t number : planner_.Select([latest](const Sequence& s) { return s.arrived <= latest; })) {
-      Fail(number, absl::UnavailableError(absl::StrCat(loss_.message(), "; not back within ",
-                                                       absl::FormatDuration(options_.expert_patience))));
+      Fail(number, absl::AbortedError(absl::StrCat(loss_.message(), "; not back within ",
+                                                   absl::FormatDuration(options_.expert_patience))));
     }
   }
 
-  void SetHealth(bool healthy) {
+  // `loss`: OK if there is none.
+  void SetHealth(const absl::Status& loss) {
     std::function<void(bool)> callback;
     {
       Lock lock(mutex_);
-      if (snapshot_.healthy == healthy) return;
-      snapshot_.healthy = healthy;
+      snapshot_.loss = loss;
+      if (loss.ok()) suspicion_ = absl::OkStatus();  // what it said has been looked into
+      if (snapshot_.healthy == loss.ok()) return;
+      snapshot_.healthy = loss.ok();
       callback = on_health_;
     }
-    if (callback) callback(healthy);
+    if (callback) callback(loss.ok());
   }
 
   void Commit(const Plan& plan, StepResult& result) {
@@ -369,6 +408,7 @@ class Scheduler::Loop {
   int64_t live_ = 0;  // accepted and not ended
   bool draining_ = false;
   bool stop_ = false;
+  absl::Status suspicion_;  // not OK: see SuspectExperts
   SchedulerSnapshot snapshot_;
   std::function<void(bool)> on_health_;
 
@@ -411,6 +451,7 @@ absl::StatusOr<uint64_t> Scheduler::Submit(SequenceRequest request, EventCallbac
 void Scheduler::Cancel(uint64_t number) { loop_->Cancel(number); }
 bool Scheduler::Drain(absl::Duration patience) { return loop_->Drain(patience); }
 SchedulerSnapshot Scheduler::Snapshot() const { return loop_->Snapshot(); }
+void Scheduler::SuspectExperts(const absl::Status& why) { loop_->SuspectExperts(why); }
 void Scheduler::OnHealthChange(std::function<void(bool)> callback) {
   loop_->OnHealthChange(std::move(callback));
 }

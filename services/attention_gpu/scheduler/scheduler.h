@@ -57,7 +57,8 @@ struct SequenceStatistics {
 struct SequenceEvent {
   std::vector<SampledToken> tokens;
   FinishReason finish = FinishReason::kNone;
-  absl::Status status;            // not OK: the sequence failed; the last event
+  absl::Status status;  // not OK: the sequence failed; the last event. Aborted: its patience for lost experts
+                        // has ended
   SequenceStatistics statistics;  // with the first token, and in the last event
 };
 
@@ -76,7 +77,12 @@ struct SchedulerSnapshot {
   uint64_t preemptions = 0;
   uint64_t expert_recoveries = 0;
   bool healthy = true;  // false while experts are lost
+  absl::Status loss;    // if they are: why, or why attaching to them failed the last time
 };
+
+// Whether a step's error says that experts are gone. Other errors of attaching say what is wrong with those
+// that are there.
+bool IsLoss(const absl::Status& status);
 
 // Thread-safe.
 class Scheduler {
@@ -99,7 +105,10 @@ class Scheduler {
   bool Drain(absl::Duration patience);
 
   SchedulerSnapshot Snapshot() const;
-  // Called on the scheduler's thread with false when experts are lost, true when they are back.
+  // Somebody has seen from outside that experts are gone. Unless a step shows that they are not, they are
+  // lost, also while there is nothing to do, until they have been attached anew.
+  void SuspectExperts(const absl::Status& why);
+  // Called on the scheduler's thread with false when experts are lost, true when they are attached again.
   void OnHealthChange(std::function<void(bool)> callback);
   const Backend& backend() const { return *backend_; }
 

@@ -171,15 +171,55 @@ TEST(Scheduler, ExpertsThatStayAwayFailWhatWaitsForThemAndTheNextOneWorks) {
   Sink lost, next;
   ASSERT_TRUE(s->Submit(Request(Prompt(10, 1), 20), lost.callback()).ok());
   lost.Wait();
-  EXPECT_TRUE(absl::IsUnavailable(lost.status()));
+  EXPECT_TRUE(absl::IsAborted(lost.status())) << lost.status();
   EXPECT_THAT(std::string(lost.status().message()), HasSubstr("connection refused"));
   EXPECT_FALSE(s->Snapshot().healthy);
+  EXPECT_EQ(s->Snapshot().loss, absl::UnavailableError("connection refused"));
   // Once they are back, the engine finds them without being asked for anything.
   script.SetRecovery(absl::OkStatus());
   while (!s->Snapshot().healthy) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   ASSERT_TRUE(s->Submit(Request(Prompt(10, 2), 5), next.callback()).ok());
   next.Wait();
   EXPECT_EQ(next.tokens(), HashAnswer(Prompt(10, 2), 5));
+}
+
+// Nothing is computed meanwhile: no step runs into the loss.
+TEST(Scheduler, SuspectedExpertsAreLostUntilTheyAreAttachedAnew) {
+  HashScript script;
+  const absl::Status wrong = absl::FailedPreconditionError("holds another model");
+  script.SetRecovery(wrong);
+  SchedulerOptions o = Options();
+  o.expert_patience = absl::Hours(1);
+  const auto s = Make(o, 64, script);
+  s->SuspectExperts(absl::UnavailableError("no answer"));
+  EXPECT_FALSE(s->Snapshot().healthy);
+  while (s->Snapshot().loss != wrong) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_FALSE(s->Snapshot().healthy);
+  Sink waiting;
+  ASSERT_TRUE(s->Submit(Request(Prompt(10, 1), 20), waiting.callback()).ok());
+  EXPECT_EQ(script.steps(), 0);
+  script.SetRecovery(absl::OkStatus());
+  waiting.Wait();
+  EXPECT_EQ(waiting.tokens(), HashAnswer(Prompt(10, 1), 20));
+  EXPECT_TRUE(s->Snapshot().healthy);
+  EXPECT_TRUE(s->Snapshot().loss.ok());
+  EXPECT_EQ(s->Snapshot().expert_recoveries, 1u);
+}
+
+TEST(Scheduler, AStepThatWorksEndsASuspicion) {
+  HashScript script;
+  const auto s = Make(Options(), 64, script);
+  script.Hold();
+  Sink sink;
+  ASSERT_TRUE(s->Submit(Request(Prompt(10, 1), 20), sink.callback()).ok());
+  while (s->Snapshot().running == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  s->SuspectExperts(absl::UnavailableError("no answer"));
+  EXPECT_FALSE(s->Snapshot().healthy);
+  script.Go();
+  sink.Wait();
+  EXPECT_TRUE(s->Snapshot().healthy);
+  EXPECT_TRUE(s->Drain(absl::Seconds(5)));
+  EXPECT_EQ(s->Snapshot().expert_recoveries, 0u);
 }
 
 TEST(Scheduler, RefusesWhatItCannotDo) {

@@ -291,10 +291,11 @@ absl::StatusOr<Loaded> Load(const Options& o, EngineService& service) {
 }
 
 // What this process says about its ability to compute, to gRPC health checks and in Engine.Describe. Follows
-// the scheduler, whose steps run into a loss at once, and the watch, which sees one when there are no steps.
+// the scheduler, whose steps run into a loss at once, and the watch, which sees one when there are no steps
+// and makes the scheduler attach anew: a process that is back may be another one, with other weights.
 class Readiness {
  public:
-  Readiness(rpc::Server& server, EngineService& service, const Scheduler& scheduler)
+  Readiness(rpc::Server& server, EngineService& service, Scheduler& scheduler)
       : server_(server), service_(service), scheduler_(scheduler) {}
 
   // Begins to serve. `watch` may be null: a model without experts.
@@ -315,32 +316,41 @@ class Readiness {
   }
 
   void Update() {
-    const SchedulerSnapshot now = scheduler_.Snapshot();
     const std::lock_guard lock(mutex_);
     if (!started_) return;
-    std::string why = watch_ == nullptr ? "" : watch_->lost();
-    // The scheduler attaches anew when there is work: without any, what it saw last says nothing.
-    if (why.empty() && !now.healthy && now.running + now.waiting > 0) why = "expert processes are lost";
-    if (why.empty() != why_.empty()) {
-      server_.SetServing(why.empty());
-      if (why.empty()) {
-        spdlog::info("the experts are back");
-      } else {
-        spdlog::warn("{}; waiting for them to come back", why);
-      }
+    const std::string lost = watch_ == nullptr ? "" : watch_->lost();
+    if (!lost.empty() && !seen_lost_) scheduler_.SuspectExperts(absl::UnavailableError(lost));
+    seen_lost_ = !lost.empty();
+    const std::string why = Why(scheduler_.Snapshot(), lost);
+    if (why == why_) return;
+    if (why.empty() != why_.empty()) server_.SetServing(why.empty());
+    if (why.empty()) {
+      spdlog::info("the experts are back");
+    } else {
+      spdlog::warn("{}; no step is computed until the experts are attached", why);
     }
-    if (why != why_) service_.SetDegraded(why);
-    why_ = std::move(why);
+    service_.SetDegraded(why);
+    why_ = why;
   }
 
  private:
+  // Empty: nothing is in the way. What is wrong with experts that are there comes first; that some are not
+  // there the watch says in words that stay the same.
+  std::string Why(const SchedulerSnapshot& now, const std::string& lost) const {
+    if (now.healthy || (IsLoss(now.loss) && !lost.empty())) return lost;
+    if (IsLoss(now.loss) && !why_.empty()) return why_;
+    return absl::StrCat(IsLoss(now.loss) ? "the experts are lost: " : "the experts cannot be attached: ",
+                        now.loss.message());
+  }
+
   rpc::Server& server_;
   EngineService& service_;
-  const Scheduler& scheduler_;
+  Scheduler& scheduler_;
   std::mutex mutex_;
   const ExpertWatch* watch_ = nullptr;
   bool started_ = false;
-  std::string why_;  // as last said; empty: it computes
+  bool seen_lost_ = false;  // by the watch
+  std::string why_;         // as last said; empty: it computes
 };
 
 }  // namespace

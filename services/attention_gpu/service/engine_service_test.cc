@@ -29,6 +29,7 @@ class EngineServiceTest : public testing::Test {
     o.max_waiting = 4;
     o.chunk_size = 32;
     o.vocab_size = kHashVocab;
+    o.expert_patience = absl::Milliseconds(100);
     scheduler_ =
         std::move(*Scheduler::Create(o, std::make_unique<HashBackend>(kContext / kHashPageTokens, script_)));
     rpc::ServerOptions s;
@@ -176,6 +177,16 @@ TEST_F(EngineServiceTest, DeadlinesAreKeptForWhatRunsAndWhatWaits) {
   for (std::thread& t : threads) t.join();
   script_.Go();
   WaitUntilIdle();
+}
+
+// By its code whoever calls tells it from an engine that is gone.
+TEST_F(EngineServiceTest, PatienceThatHasEndedIsAborted) {
+  Ready();
+  script_.FailSteps({absl::UnavailableError("expert gone")});
+  script_.SetRecovery(absl::UnavailableError("connection refused"));
+  const Got got = Ask(Request(3, 3));
+  EXPECT_EQ(got.status.error_code(), grpc::StatusCode::ABORTED);
+  EXPECT_THAT(got.status.error_message(), HasSubstr("connection refused; not back within 100ms"));
 }
 
 TEST_F(EngineServiceTest, RefusalsNameTheirReason) {

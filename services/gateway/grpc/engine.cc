@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -24,6 +25,8 @@ constexpr size_t kMaxMetadataBytes = 256 << 20;
 // An engine that computes on every core may be late with an answer; it is not gone for that.
 constexpr int kMissesAllowed = 3;
 constexpr absl::Duration kMetadataTimeout = absl::Seconds(120);
+
+class Call;
 
 }  // namespace
 
@@ -43,6 +46,7 @@ struct Engine::Impl {
   std::string instance_id;
   std::string backend;
   std::string degraded;
+  std::set<const Call*> under_way;          // each leaves before it ends
   grpc::ClientContext* checking = nullptr;  // the monitor's call, to be cancelled at the end
   std::thread monitor;
 
@@ -50,6 +54,7 @@ struct Engine::Impl {
   absl::Status Check();
   absl::StatusOr<std::string> ReadMetadata();
   void SetStatus(const absl::Status& now);
+  void TellStalled();
   // False: stopping.
   bool BeginCheck(grpc::ClientContext* context, absl::Duration timeout);
   void EndCheck();
@@ -61,9 +66,10 @@ namespace {
 class Call final : public grpc::ClientReadReactor<v1::GenerateEvent>, public EngineCall {
  public:
   Call(v1::GenerateRequest request, std::shared_ptr<EngineListener> listener, uint64_t tag,
-       std::function<void()> on_done)
+       std::function<void(const Call*)> on_done)
       : request_(std::move(request)),
         listener_(std::move(listener)),
+        told_(listener_),
         tag_(tag),
         on_done_(std::move(on_done)) {}
 
@@ -77,15 +83,21 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateEvent>, public Eng
 
   void Cancel() override { context_.TryCancel(); }
 
+  bool SilentFor(absl::Duration time) const {
+    return std::chrono::steady_clock::now() - latest_.load() >= absl::ToChronoNanoseconds(time);
+  }
+  std::pair<std::weak_ptr<EngineListener>, uint64_t> told() const { return {told_, tag_}; }
+
   void OnReadDone(bool ok) override {
     if (!ok) return;
+    latest_.store(std::chrono::steady_clock::now());
     listener_->OnEngineEvent(tag_, event_);
     StartRead(&event_);
   }
 
   void OnDone(const grpc::Status& status) override {
     const std::shared_ptr<Call> self = std::move(self_);  // ends with this function, at the earliest
-    on_done_();
+    on_done_(this);
     const std::shared_ptr<EngineListener> listener = std::move(listener_);
     listener->OnEngineDone(tag_, rpc::FromGrpc(status));
   }
@@ -94,9 +106,11 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateEvent>, public Eng
   grpc::ClientContext context_;
   v1::GenerateRequest request_;
   v1::GenerateEvent event_;
-  std::shared_ptr<EngineListener> listener_;
+  std::shared_ptr<EngineListener> listener_;  // gRPC's threads' own
+  const std::weak_ptr<EngineListener> told_;  // the same, for the engine's
   const uint64_t tag_;
-  std::function<void()> on_done_;
+  const std::function<void(const Call*)> on_done_;
+  std::atomic<std::chrono::steady_clock::time_point> latest_ = std::chrono::steady_clock::now();
   std::shared_ptr<Call> self_;
 };
 
@@ -176,7 +190,7 @@ absl::Status Engine::Impl::Check() {
   std::lock_guard lock(mutex);
   instance_id = description.instance_id();
   backend = description.backend();
-  if (degraded.empty() && !description.degraded().empty()) {
+  if (degraded != description.degraded() && !description.degraded().empty()) {
     spdlog::warn("engine {}: requests wait: {}", address, description.degraded());
   }
   if (!degraded.empty() && description.degraded().empty()) spdlog::info("engine {}: goes on", address);
@@ -199,6 +213,21 @@ void Engine::Impl::SetStatus(const absl::Status& now) {
   }
 }
 
+// Whoever has another engine need not wait for this one.
+void Engine::Impl::TellStalled() {
+  std::vector<std::pair<std::weak_ptr<EngineListener>, uint64_t>> stalled;
+  {
+    std::lock_guard lock(mutex);
+    if (degraded.empty()) return;
+    for (const Call* call : under_way) {
+      if (call->SilentFor(options.stalled)) stalled.push_back(call->told());
+    }
+  }
+  for (const auto& [weak, tag] : stalled) {
+    if (const std::shared_ptr<EngineListener> listener = weak.lock()) listener->OnEngineStalled(tag);
+  }
+}
+
 void Engine::Impl::Monitor() {
   int misses = 0;
   while (true) {
@@ -209,6 +238,7 @@ void Engine::Impl::Monitor() {
     if (misses > 0 && misses <= kMissesAllowed && status.ok()) now = absl::OkStatus();
     lock.unlock();
     SetStatus(now);
+    if (now.ok()) TellStalled();
     lock.lock();
     const absl::Duration pause = now.ok() ? options.poll_serving : options.poll_missing;
     changed.wait_for(lock, absl::ToChronoMilliseconds(pause), [this] { return stopping || check_now; });
@@ -280,8 +310,16 @@ std::string Engine::degraded() const {
 std::shared_ptr<EngineCall> Engine::Generate(v1::GenerateRequest request, absl::Time deadline,
                                              std::shared_ptr<EngineListener> listener, uint64_t tag) {
   impl_->calls.fetch_add(1);
-  auto call = std::make_shared<Call>(std::move(request), std::move(listener), tag,
-                                     [impl = impl_] { impl->calls.fetch_sub(1); });
+  auto call =
+      std::make_shared<Call>(std::move(request), std::move(listener), tag, [impl = impl_](const Call* ended) {
+        impl->calls.fetch_sub(1);
+        std::lock_guard lock(impl->mutex);
+        impl->under_way.erase(ended);
+      });
+  {
+    std::lock_guard lock(impl_->mutex);
+    impl_->under_way.insert(call.get());
+  }
   call->Start(*impl_->stub, deadline, call);
   return call;
 }

@@ -20,12 +20,15 @@ class GenerateRequest;
 
 namespace tandem::gateway {
 
-// Calls come one at a time, from gRPC's threads. `tag` is what Generate was given.
+// Calls come one at a time, from gRPC's threads; OnEngineStalled from the engine's own, at any time, the last
+// one maybe after OnEngineDone. `tag` is what Generate was given.
 class EngineListener {
  public:
   virtual ~EngineListener() = default;
   virtual void OnEngineEvent(uint64_t tag, const v1::GenerateEvent& event) = 0;
   virtual void OnEngineDone(uint64_t tag, const absl::Status& status) = 0;  // once, last
+  // The engine is degraded, and nothing has come for a while. Said again and again.
+  virtual void OnEngineStalled(uint64_t /*tag*/) {}
 };
 
 // A call under way. Thread-safe.
@@ -41,6 +44,7 @@ struct EngineOptions {
   absl::Duration poll_serving = absl::Seconds(1);         // between checks of an engine that serves
   absl::Duration poll_missing = absl::Milliseconds(200);  // and of one that does not
   absl::Duration check_timeout = absl::Seconds(3);        // of one check
+  absl::Duration stalled = absl::Seconds(2);              // without an event, where the engine is degraded
 };
 
 // One engine. A thread of its own asks Engine.Describe again and again: it finds out when the engine serves,

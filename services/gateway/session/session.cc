@@ -69,7 +69,12 @@ GenerationSession::GenerationSession(SessionEnvironment* environment,
   environment_->metrics_->prompt_tokens.Add(result_.prompt_tokens);
 }
 
-GenerationSession::~GenerationSession() { environment_->Remove(this); }
+GenerationSession::~GenerationSession() {
+  // Before the pool may go: an engine cannot end on its own thread, which may be this one.
+  engine_.reset();
+  refused_.clear();
+  environment_->Remove(this);
+}
 
 std::shared_ptr<GenerationSession> GenerationSession::Start(SessionEnvironment* environment,
                                                             std::shared_ptr<const ModelContext> model,
@@ -133,6 +138,31 @@ bool GenerationSession::MayTryAnother() {
   return false;
 }
 
+// Whether an engine of the same model is left with nothing in the way of its computing.
+bool GenerationSession::AnotherComputes() {
+  for (const std::shared_ptr<Engine>& engine : environment_->pool_->engines()) {
+    const bool refused = std::find(refused_.begin(), refused_.end(), engine) != refused_.end();
+    if (engine == engine_ || refused || !engine->serving() || !engine->degraded().empty()) continue;
+    if (engine->model()->limits().fingerprint == model_->limits().fingerprint) return true;
+  }
+  return false;
+}
+
+// Leaves an engine that is there but cannot compute. It is not asked again before another one has made a
+// token: the sequence goes from hand to hand once at most.
+void GenerationSession::MoveOn(const std::string& why) {
+  spdlog::warn("{}: goes to another engine after {} tokens: {}", spec_.request_id, generated_.size(), why);
+  ++attempt_;  // what the call has still to say is nobody's
+  if (call_ != nullptr) call_->Cancel();
+  call_.reset();
+  refused_.push_back(engine_);
+  if (lost_since_ == absl::InfiniteFuture()) {
+    lost_since_ = absl::Now();
+    pause_ = kFirstPause;
+  }
+  Call();
+}
+
 // The engine cannot be had, for now. What is lost is tried again until the patience ends.
 void GenerationSession::Lost(const absl::Status& status) {
   const absl::Time now = absl::Now();
@@ -188,6 +218,7 @@ void GenerationSession::OnEngineEvent(uint64_t tag, const v1::GenerateEvent& eve
       ++result_.resumes;
       environment_->metrics_->resumes.Add();
     }
+    refused_.clear();
     CountTime(event.tokens_size());
     Delta delta;
     for (int i = 0; i < event.tokens_size() && !stop_.stopped(); ++i) TakeToken(event, i, delta);
@@ -306,10 +337,21 @@ void GenerationSession::OnEngineDone(uint64_t tag, const absl::Status& status) {
     return Lost(status);
   }
   if (status.code() == absl::StatusCode::kResourceExhausted && MayTryAnother()) return Call();
+  if (status.code() == absl::StatusCode::kAborted) {
+    // The engine is there, and would only wait for its experts once more.
+    if (AnotherComputes()) return MoveOn(std::string(status.message()));
+    return End(absl::UnavailableError(status.message()));
+  }
   if (status.code() == absl::StatusCode::kDeadlineExceeded) {
     return End(absl::DeadlineExceededError("the request's deadline has passed"));
   }
   End(status);
+}
+
+void GenerationSession::OnEngineStalled(uint64_t tag) {
+  std::lock_guard lock(mutex_);
+  if (listener_ == nullptr || tag != attempt_ || call_ == nullptr || !AnotherComputes()) return;
+  MoveOn(engine_->degraded());
 }
 
 void GenerationSession::Cancel(const absl::Status& why) {

@@ -3,7 +3,9 @@
 // The session keeps the prompt and every generated token. If the engine is lost (UNAVAILABLE), it waits for
 // one that serves the same model and calls again with all of them; sampling depends on (seed, position)
 // alone, so the text goes on as if nothing had happened. An engine whose queue is full (RESOURCE_EXHAUSTED)
-// leaves a new sequence to the next one; when all are full, it is refused.
+// leaves a new sequence to the next one; when all are full, it is refused. From an engine whose experts are
+// lost, a sequence that has had no token for a while goes to one that has its own; where there is none, it
+// ends when the engine has waited as long as it may (ABORTED).
 #pragma once
 
 #include <atomic>
@@ -73,6 +75,7 @@ class GenerationSession final : public EngineListener,
   // For the engine's client.
   void OnEngineEvent(uint64_t tag, const v1::GenerateEvent& event) override;
   void OnEngineDone(uint64_t tag, const absl::Status& status) override;
+  void OnEngineStalled(uint64_t tag) override;
 
  private:
   GenerationSession(SessionEnvironment* environment, std::shared_ptr<const ModelContext> model,
@@ -81,6 +84,8 @@ class GenerationSession final : public EngineListener,
   // All of these with mutex_ held.
   void Call();
   bool MayTryAnother();
+  bool AnotherComputes();
+  void MoveOn(const std::string& why);
   void Lost(const absl::Status& status);
   void WaitAndCall(absl::Duration pause);
   void OnAlarm();
@@ -98,7 +103,8 @@ class GenerationSession final : public EngineListener,
   std::mutex mutex_;
   std::shared_ptr<GenerationListener> listener_;  // null once ended
   std::shared_ptr<Engine> engine_;                // of the last call
-  std::vector<std::shared_ptr<Engine>> refused_;  // whose queues were full
+  std::vector<std::shared_ptr<Engine>>
+      refused_;  // whose queues were full or experts lost, till a token comes
   std::shared_ptr<EngineCall> call_;
   uint64_t attempt_ = 0;
   std::unique_ptr<grpc::Alarm> alarm_;
