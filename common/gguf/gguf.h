@@ -202,7 +202,7 @@ class Writer {
   // The header alone, tensor data left out and the tensor list empty: what ParseHeader reads.
   std::string SerializeMetadata() const;
   // Written beside `path` first and renamed when complete: neither an error nor Cancelled leaves anything
-  // behind.
+  // behind. Links are followed; FailedPrecondition where something other than a regular file has the name.
   absl::Status WriteFile(const std::string& path, const Options& options) const;
   absl::Status WriteFile(const std::string& path, uint32_t alignment = 32) const;
   std::string SerializeAll(uint32_t alignment = 32) const;  // for tests
