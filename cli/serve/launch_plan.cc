@@ -44,7 +44,7 @@ absl::StatusOr<Ports> ChoosePorts(const ServeOptions& options, int expert_proces
   std::vector<int> taken = {static_cast<int>(options.port), static_cast<int>(options.grpc_port)};
   const auto choose = [&](int64_t wanted, const std::string& host) -> absl::StatusOr<int> {
     if (wanted > 0) return static_cast<int>(wanted);
-    const absl::StatusOr<int> port = FreePort(host, taken);
+    absl::StatusOr<int> port = FreePort(host, taken);
     if (!port.ok()) return Annotate(port.status(), "--host");
     taken.push_back(*port);
     return port;

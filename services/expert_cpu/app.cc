@@ -178,7 +178,7 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
     ring.wait = shm::WaitPolicy::ForMachine(placement.threads);
     if (options.ring_spin_us >= 0) ring.wait.spin = absl::Microseconds(options.ring_spin_us);
     if (!placement.cpus.empty()) ring.cpu = placement.cpus[0];
-    const absl::Status enabled = service.EnableRing(ring);
+    absl::Status enabled = service.EnableRing(ring);
     if (!enabled.ok() && !options.ring_socket.empty()) return enabled;
     if (enabled.ok()) {
       spdlog::info("shared memory through {}", ring.socket_path);

@@ -178,7 +178,7 @@ class ExpertsService::Impl final : public v1::Experts::Service {
     const absl::StatusOr<RingSessions*> rings = Rings();
     if (!rings.ok()) return rpc::ToGrpc(rings.status());
     ++attached_;
-    const grpc::Status status = (*rings)->Serve(context, stream);
+    grpc::Status status = (*rings)->Serve(context, stream);
     --attached_;
     return status;
   }

@@ -653,6 +653,7 @@ TEST_F(GrpcTest, AClientThatDoesNotReadIsCancelled) {
   Connect();
   FakeEngine::Script script;
   for (int i = 0; i < 60'000; ++i) script.text += "word ";
+  script.stay = true;  // as above
   engine_->SetScript(script);
   grpc::ClientContext context;
   auto reader = stub_->Generate(&context, Hi());
