@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <set>
 
+#include "absl/strings/str_cat.h"
 #include "services/gateway/testing/gateway_fixture.h"
 
 namespace tandem::gateway {
