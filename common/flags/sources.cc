@@ -63,6 +63,16 @@ void AddEnvironmentAndFile(CLI::App& app) {
   app.set_config("--config", file, "File with lines \"flag = value\"; see also TANDEM_<FLAG>", *file != '\0');
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.config_formatter(std::make_shared<FileBelowEnvironment>(&app));
+  // CLI11 2.4 and later pass over a variable whose value is not valid as if it were not set.
+  app.parse_complete_callback([&app] {
+    for (const CLI::Option* option : app.get_options()) {
+      const std::string& variable = option->get_envname();
+      if (variable.empty() || !IsSet(variable) || option->count() > 0) continue;
+      throw CLI::ValidationError(
+          option->get_name(),
+          "the value " + std::string(std::getenv(variable.c_str())) + " of " + variable + " is not valid");
+    }
+  });
 }
 
 }  // namespace tandem::flags

@@ -185,7 +185,9 @@ struct Server::Impl {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));  // the last answers are on their way
       if (running.WaitForNone()) grpc_server_cancel_all_calls(server->c_server());
     });
-    const auto wait = absl::ToChronoNanoseconds(std::max(patience, absl::ZeroDuration()));
+    // The clock has no infinite time.
+    const auto wait =
+        absl::ToChronoNanoseconds(std::clamp(patience, absl::ZeroDuration(), absl::Hours(10000)));
     server->Shutdown(std::chrono::system_clock::now() +
                      std::chrono::duration_cast<std::chrono::system_clock::duration>(wait));
     server->Wait();

@@ -5,6 +5,7 @@
 #include <random>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "common/gguf/gguf.h"
 #include "common/tokenizer/test_util.h"
 #include "common/tokenizer/tokenizer.h"
