@@ -63,7 +63,7 @@ void AddEnvironmentAndFile(CLI::App& app) {
   app.set_config("--config", file, "File with lines \"flag = value\"; see also TANDEM_<FLAG>", *file != '\0');
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.config_formatter(std::make_shared<FileBelowEnvironment>(&app));
-  // CLI11 2.4 and later pass over a variable whose value is not valid as if it were not set.
+  // Newer versions of CLI11 pass over a variable whose value is not valid as if it were not set.
   app.parse_complete_callback([&app] {
     for (const CLI::Option* option : app.get_options()) {
       const std::string& variable = option->get_envname();
