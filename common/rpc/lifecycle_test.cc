@@ -60,6 +60,32 @@ TEST(LifecycleTest, SecondSignalEndsTheProcess) {
             128 + SIGINT);
 }
 
+// Of a whole group's stop, that the supervisor has passed on as well.
+TEST(LifecycleTest, ASecondSigtermRightAfterTheFirstIsTheSameStop) {
+  EXPECT_EQ(ExitStatusOf([] {
+              StopSignal stop;
+              kill(getpid(), SIGTERM);
+              stop.Wait();
+              kill(getpid(), SIGTERM);
+              usleep(200'000);
+              return 7;
+            }),
+            7);
+}
+
+TEST(LifecycleTest, ClosedStandardDescriptorsAreNotReused) {
+  EXPECT_EQ(ExitStatusOf([] {
+              close(STDIN_FILENO);
+              close(STDERR_FILENO);
+              PrepareProcess();
+              const int next = dup(STDOUT_FILENO);
+              char c = 0;
+              if (next <= STDERR_FILENO) return 1;
+              return read(STDIN_FILENO, &c, 1) == 0 && write(STDERR_FILENO, "x", 1) == 1 ? 0 : 2;
+            }),
+            0);
+}
+
 TEST(LifecycleTest, BrokenPipesAreErrorsNotSignals) {
   EXPECT_EQ(ExitStatusOf([] {
               StopSignal stop;

@@ -1,6 +1,7 @@
 #include "common/tokenizer/tokenizer.h"
 
 #include <gtest/gtest.h>
+#include <algorithm>
 
 #include <chrono>
 #include <random>
@@ -128,6 +129,29 @@ TEST(DemoTokenizer, GoldenPrompts) {
   }
   EXPECT_GE(count, 4u);
   EXPECT_EQ(Demo()->vocab_size(), golden["vocab_size"].get<int>());
+}
+
+// What is too long is found to be so; what is not comes whole. Also where all is one control token after the
+// other, the longest of all, or every second character a marker.
+TEST(Tokenizer, MayEndEarlyWithMoreThanTheMost) {
+  for (const std::string piece : {"hello 12 ", "<｜begin▁of▁sentence｜>", "日本語🙂", "h\xEE\x80\x80"}) {
+    for (const int times : {1, 7, 40, 3000}) {
+      std::string text;
+      for (int i = 0; i < times; ++i) text += piece;
+      EncodeOptions options{.parse_special = true, .marker = "\xEE\x80\x80"};
+      const Ids all = Demo()->Encode(text, options);
+      for (const size_t most : {size_t{0}, size_t{6}, size_t{100}, all.size() - 1, all.size()}) {
+        options.most = most;
+        const Ids some = Demo()->Encode(text, options);
+        if (all.size() <= most) {
+          EXPECT_EQ(some, all) << piece << " " << times << " " << most;
+        } else {
+          ASSERT_GT(some.size(), most) << piece << " " << times;
+          EXPECT_TRUE(std::equal(all.begin(), all.begin() + static_cast<ptrdiff_t>(most), some.begin()));
+        }
+      }
+    }
+  }
 }
 
 TEST(Tokenizer, BosExactlyOnce) {

@@ -399,6 +399,7 @@ TEST_F(RestTest, ApiKeyAndCors) {
   ExpectError(Chat("", "Authorization: Bearer sesamesesame\r\n"), 401, "invalid_request_error", "",
               "invalid_api_key", "wrong");
   EXPECT_EQ(Chat("", "Authorization: Bearer sesame\r\n").status, 200);
+  EXPECT_EQ(Chat("", "Authorization: bearer  sesame\r\n").status, 200);
   EXPECT_EQ(Call("GET", "/health").status, 200);
   const HttpReply preflight =
       Call("OPTIONS", "/v1/chat/completions", "", "Access-Control-Request-Headers: authorization\r\n");
