@@ -52,14 +52,23 @@ count() {
   echo "== $1: $ok passed, $bad failed"
 }
 
+run() {
+  status=0
+  "$programs/$1" > "$log" 2>&1 || status=$?
+  grep -v '^\[ RUN      \]' "$log" || true
+  count "$1$2" "$status"
+}
 for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_prefill_attention_test cuda_sampler_test \
   cuda_streamed_test cuda_bell_test \
   cuda_backend_test cuda_processes_test; do
-  status=0
-  "$programs/$name" > "$log" 2>&1 || status=$?
-  grep -v '^\[ RUN      \]' "$log" || true
-  count "$name" "$status"
+  run "$name" ''
 done
+# What devices without warpgroups' products run; the same once more where there are none.
+export TANDEM_NO_WARPGROUPS=1
+for name in cuda_products_test cuda_prefill_attention_test cuda_streamed_test; do
+  run "$name" ' without warpgroups'
+done
+unset TANDEM_NO_WARPGROUPS
 
 if [ -n "$sanitize" ]; then
   # Small cases: the tools are a hundred times slower.

@@ -15,12 +15,12 @@ namespace tandem::attention {
 // Tokens of a layer that the processes can have a share in: their ring takes 86 KB of memory for each of R1.
 constexpr int64_t kMostSharedTokens = 4096;
 
-// GPU memory for weights on their way in a step of `tokens`, where there is room: about what comes over
-// PCIe 5.0 while an H100 computes everything else of a layer of R1, but for contexts of more than 32768
-// tokens two thirds of that: R1 with 128 K tokens of int8 cache takes less than 20 GB then.
+// GPU memory for weights on their way in a step of `tokens`, where there is room: what comes over PCIe 5.0
+// while an H100 computes everything else of a layer of R1, but for contexts of more than 32768 tokens half of
+// that: R1 with 128 K tokens of int8 cache takes less than 20 GB then.
 constexpr uint64_t kLeastStreamBytes = 640'000'000;  // of steps that can be shared
 constexpr uint64_t AmpleStreamBytes(int64_t tokens, int64_t context) {
-  constexpr uint64_t kEach = 190'000, kEachOfLong = 125'000;  // bytes a token
+  constexpr uint64_t kEach = 245'000, kEachOfLong = 125'000;  // bytes a token
   constexpr int64_t kLong = 32768;
   // More is of no use: the GPU's own work takes longer than the copies.
   constexpr uint64_t kMost = 6'144'000'000;

@@ -41,7 +41,7 @@ TEST(StreamSteps, AsAskedForWithLessMemoryIfThereIsNoMore) {
   Options o;
   o.stream_chunk_size = 6000;
   EXPECT_EQ(StreamSteps(o, 8192),
-            (std::vector<StreamStep>{{6000, 1'140'000'000}, {6000, 750'000'000}, {6000, 640'000'000}}));
+            (std::vector<StreamStep>{{6000, 1'470'000'000}, {6000, 750'000'000}, {6000, 640'000'000}}));
   o.stream_buffer_mb = 900;
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{6000, 900'000'000}}));
   o.stream_chunk_size = 512;
@@ -56,8 +56,8 @@ TEST(StreamSteps, ByTheContext) {
   const StreamStep least{4096, 640'000'000}, last{4096, 384'000'000};
   EXPECT_EQ(StreamSteps(o, 4096), (std::vector<StreamStep>{least, last}));
   EXPECT_EQ(StreamSteps(o, 8192), (std::vector<StreamStep>{{8192, 384'000'000}, least, last}));
-  const StreamStep ample{8192, 1'556'480'000}, some{8192, 1'024'000'000}, tight{8192, 640'000'000};
-  EXPECT_EQ(StreamSteps(o, 10000), (std::vector<StreamStep>{{10000, 1'900'000'000},
+  const StreamStep ample{8192, 2'007'040'000}, some{8192, 1'024'000'000}, tight{8192, 640'000'000};
+  EXPECT_EQ(StreamSteps(o, 10000), (std::vector<StreamStep>{{10000, 2'450'000'000},
                                                             {10000, 1'250'000'000},
                                                             {10000, 640'000'000},
                                                             ample,
@@ -69,7 +69,7 @@ TEST(StreamSteps, ByTheContext) {
   for (const int32_t context : {16384, 32768}) {
     EXPECT_EQ(StreamSteps(o, context),
               (std::vector<StreamStep>{
-                  {16384, 3'112'960'000}, large, large_tight, ample, some, tight, least, last}));
+                  {16384, 4'014'080'000}, large, large_tight, ample, some, tight, least, last}));
   }
   // The KV cache of long contexts needs the memory more.
   EXPECT_EQ(StreamSteps(o, 131072), (std::vector<StreamStep>{large, large_tight, some, tight, least, last}));

@@ -409,7 +409,7 @@ int Main(const std::string& what) {
   }
   if (wanted("matmul")) {
     for (T type : {T::kQ4_K, T::kQ6_K, T::kQ8_0, T::kF16}) {
-      Products({{"attn_output", type, 7168, 16384}}, {32, 64, 128, 256, 1024, 4096});
+      Products({{"attn_output", type, 7168, 16384}}, {32, 64, 128, 256, 384, 640, 1024, 4096});
     }
     for (int tile : {64, 128, 256}) {
       Products({{"attn_output", T::kQ4_K, 7168, 16384}}, {512, 4096}, tile);

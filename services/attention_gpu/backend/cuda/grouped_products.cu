@@ -1,9 +1,9 @@
 // Tiles as many_columns.cuh computes them; here the columns are gathered through the list of pairs, and the
-// rows of a tile may come from two matrices: rows 32 w to 32 w + 15 are gate's and the next 16 up's, so that
-// a warp holds both values of a (row, pair) in the same registers and SiLU(gate) * up needs no memory
-// between.
+// rows of a tile may come from two matrices: of each sixteen rows the first eight are gate's and the others
+// up's, so that a lane holds both values of a (row, pair) and SiLU(gate) * up needs no memory between.
 #include "services/attention_gpu/backend/cuda/grouped_products.h"
 
+#include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/many_columns.cuh"
 
 namespace tandem::attention::cuda {
@@ -21,87 +21,101 @@ __global__ void __launch_bounds__(kKeepThreads) KeepExperts(const __grid_constan
 }
 
 // Where the columns of the tile that this thread copies lie in h, in values; `at(j)` for pair j of `count`.
-template <int kTile>
+template <typename T>
 struct Gathered {
   template <typename At>
   __device__ __forceinline__ Gathered(const uint16_t* h, int first, int count, const At& at)
       : h(h), left(count - first - static_cast<int>(threadIdx.x >> 3)) {
 #pragma unroll
-    for (int i = 0; i < kTile / 32; ++i) place[i] = Has(i) ? at(count - left + 32 * i) : 0;
+    for (int i = 0; i < T::kTile / 32; ++i) place[i] = Has(i) ? at(count - left + 32 * i) : 0;
   }
   __device__ __forceinline__ bool Has(int i) const { return 32 * i < left; }
   __device__ __forceinline__ const uint16_t* At(int i) const { return h + place[i]; }
   const uint16_t* h;
   int left;
-  uint32_t place[kTile / 32];
+  uint32_t place[T::kTile / 32];
 };
 
-// Grid: tiles of 64 rows, tiles of pairs, experts.
-template <int kTile>
-__global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
-    GateUp(const __grid_constant__ GateUpParams p) {
-  using T = ProductTile<kTile>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int expert = blockIdx.z, first = blockIdx.y * kTile;
-  const int count = p.count[expert], begin = p.begin[expert];
-  if (first >= count) return;
+template <typename T>
+__device__ __forceinline__ void GateUpTile(const GateUpParams& p, unsigned char* shared, int first) {
+  const int expert = blockIdx.z, count = p.count[expert], begin = p.begin[expert];
   const int first_row = blockIdx.x * (kTileRows / 2);
   const int w_row = threadIdx.x >> 1;
-  const bool up = (w_row & 16) != 0;  // the same for a whole warp
-  const int r = min(first_row + (w_row >> 5) * 16 + (w_row & 15), p.inner - 1);
-  const GroupedWeights& w = up ? p.up : p.gate;
-  const Gathered<kTile> source(p.h, first, count, [&](int j) {
+  const int r = min(first_row + (w_row >> 4) * 8 + (w_row & 7), p.inner - 1);
+  const GroupedWeights& w = (w_row & 8) != 0 ? p.up : p.gate;
+  const Gathered<T> source(p.h, first, count, [&](int j) {
     return static_cast<uint32_t>(p.pair_token[begin + j]) * static_cast<uint32_t>(p.hidden);
   });
   typename T::Sums sum = {};
-  MultiplyTile<kTile>(shared, w.type, w.data[expert] + r * w.row_bytes, p.hidden, source, sum);
+  MultiplyTile<T>(shared, w.type, w.data[expert] + r * w.row_bytes, p.hidden, source, sum);
 
   const int row = first_row + T::WarpRow() / 2 + static_cast<int>(threadIdx.x >> 2 & 7);
-  EachColumn<kTile>(first, count, [&](int j, int n, int i) {
-    const float scale = __ldg(p.h_scale + p.pair_token[begin + j]);
-    float* to = p.middle + static_cast<int64_t>(begin + j) * p.inner;
+  const float* scale = OfColumns<T, float>(shared, [&](int c) {
+    return first + c < count ? __ldg(p.h_scale + p.pair_token[begin + first + c]) : 0.0f;
+  });
+  EachColumn<T>(count - first, [&](int c, int n, int i) {
+    float* to = p.middle + static_cast<int64_t>(begin + first + c) * p.inner;
 #pragma unroll
-    for (int m = 0; m < T::kRowTiles; m += 2) {
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      const float gate = sum[m][n][i] * scale[c], value = sum[m][n][2 + i] * scale[c];
+      if (row + m * 8 < p.inner) to[row + m * 8] = gate / (1.0f + expf(-gate)) * value;
+    }
+  });
+}
+
+// Grid: tiles of 64 rows, tiles of pairs, experts.
+template <typename T>
+__global__ void __launch_bounds__(kProductThreads, T::kBlocks)
+    GateUp(const __grid_constant__ GateUpParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int first = blockIdx.y * T::kTile, left = p.count[blockIdx.z] - first;
+  if (left <= 0) return;
+  WithTileFor<T::kTile, T::kWarpgroups>(left,
+                                        [&](auto tile) { GateUpTile<decltype(tile)>(p, shared, first); });
+}
+
+template <typename T>
+__device__ __forceinline__ void DownTile(const DownParams& p, unsigned char* shared, int first) {
+  const int first_row = blockIdx.x * kTileRows;
+  const int r = min(first_row + static_cast<int>(threadIdx.x >> 1), p.hidden - 1);
+  const Gathered<T> source(p.h, first, p.count,
+                           [&](int j) { return static_cast<uint32_t>(j) * static_cast<uint32_t>(p.inner); });
+  typename T::Sums sum = {};
+  MultiplyTile<T>(shared, p.type, p.data + r * p.row_bytes, p.inner, source, sum);
+
+  struct Column {
+    int token;
+    float factor;
+  };
+  const Column* columns = OfColumns<T, Column>(shared, [&](int c) {
+    const int j = min(first + c, p.count - 1);
+    return Column{p.pair_token[j], __ldg(p.h_scale + j) * __ldg(p.pair_weight + j)};
+  });
+  // What other experts' products add to the same tokens is there, or not begun.
+  AwaitEarlier();
+  const int row = first_row + T::WarpRow() + static_cast<int>(threadIdx.x >> 2 & 7);
+  EachColumn<T>(p.count - first, [&](int c, int n, int i) {
+    const Column column = columns[c];
+    float* to = p.x + static_cast<int64_t>(column.token) * p.hidden;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int at = row + m * 8 + half * 8;
-        const float gate = sum[m][n][half * 2 + i] * scale, value = sum[m + 1][n][half * 2 + i] * scale;
-        if (at < p.inner) to[at] = gate / (1.0f + expf(-gate)) * value;
+        const int at = row + m * 16 + half * 8;
+        if (at < p.hidden) AddTo(to + at, sum[m][n][half * 2 + i] * column.factor);
       }
     }
   });
 }
 
 // Grid: tiles of 128 rows, tiles of pairs.
-template <int kTile>
-__global__ void __launch_bounds__(kProductThreads, ProductTile<kTile>::kBlocks)
-    Down(const __grid_constant__ DownParams p) {
-  using T = ProductTile<kTile>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int first = blockIdx.y * kTile, first_row = blockIdx.x * kTileRows;
-  const int r = min(first_row + static_cast<int>(threadIdx.x >> 1), p.hidden - 1);
-  const Gathered<kTile> source(
-      p.h, first, p.count, [&](int j) { return static_cast<uint32_t>(j) * static_cast<uint32_t>(p.inner); });
-  typename T::Sums sum = {};
-  MultiplyTile<kTile>(shared, p.type, p.data + r * p.row_bytes, p.inner, source, sum);
-
-  // All sums are read before any is written, so that the reads need not wait for each other.
-  const int row = first_row + T::WarpRow() + static_cast<int>(threadIdx.x >> 2 & 7);
-  auto each = [&](const auto& f) {
-    EachColumn<kTile>(first, p.count, [&](int j, int n, int i) {
-      float* to = p.x + static_cast<int64_t>(p.pair_token[j]) * p.hidden;
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = row + m * 16 + half * 8;
-          if (at < p.hidden) f(j, to[at], sum[m][n][half * 2 + i]);
-        }
-      }
-    });
-  };
-  each([&](int j, float& x, float& v) { v = fmaf(v, __ldg(p.h_scale + j) * __ldg(p.pair_weight + j), x); });
-  each([&](int, float& x, float& v) { x = v; });
+template <typename T>
+__global__ void __launch_bounds__(kProductThreads, T::kBlocks) Down(const __grid_constant__ DownParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  LetNextBegin();
+  const int first = blockIdx.y * T::kTile;
+  WithTileFor<T::kTile, T::kWarpgroups>(p.count - first,
+                                        [&](auto tile) { DownTile<decltype(tile)>(p, shared, first); });
 }
 
 // A block an expert, a stretch of the pairs a warp.
@@ -167,34 +181,13 @@ bool Usable(int32_t type, int32_t cols) {
 
 unsigned Tiles(int64_t n, int64_t tile) { return static_cast<unsigned>((n + tile - 1) / tile); }
 
-template <int kTile>
-void LaunchTiles(const GateUpParams& p, int32_t most, cudaStream_t stream) {
-  const dim3 grid(Tiles(p.inner, kTileRows / 2), Tiles(most, kTile), static_cast<unsigned>(p.experts));
-  GateUp<kTile><<<grid, kProductThreads, ProductTile<kTile>::kBytes, stream>>>(p);
-}
-
-template <int kTile>
-void LaunchTiles(const DownParams& p, cudaStream_t stream) {
-  const dim3 grid(Tiles(p.hidden, kTileRows), Tiles(p.count, kTile));
-  Down<kTile><<<grid, kProductThreads, ProductTile<kTile>::kBytes, stream>>>(p);
-}
-
-template <typename Kernel>
-cudaError_t AllowShared(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 }  // namespace
 
 cudaError_t PrepareGroupedProducts() {
-  for (const cudaError_t e :
-       {AllowShared(GateUp<256>, ProductTile<256>::kBytes),
-        AllowShared(GateUp<128>, ProductTile<128>::kBytes), AllowShared(GateUp<64>, ProductTile<64>::kBytes),
-        AllowShared(Down<256>, ProductTile<256>::kBytes), AllowShared(Down<128>, ProductTile<128>::kBytes),
-        AllowShared(Down<64>, ProductTile<64>::kBytes)}) {
-    if (e != cudaSuccess) return e;
-  }
-  return cudaSuccess;
+  return ForEachTile([](auto tile) {
+    const cudaError_t e = AllowShared(GateUp<decltype(tile)>, tile.kBytes);
+    return e != cudaSuccess ? e : AllowShared(Down<decltype(tile)>, tile.kBytes);
+  });
 }
 
 cudaError_t LaunchSortPairs(const SortPairsParams& p, cudaStream_t stream) {
@@ -230,13 +223,10 @@ cudaError_t LaunchGateUp(const GateUpParams& p, cudaStream_t stream) {
       return blocks * Tiles(p.inner, kTileRows / 2);
     });
   }
-  if (tile == 256) {
-    LaunchTiles<256>(p, most, stream);
-  } else if (tile == 128) {
-    LaunchTiles<128>(p, most, stream);
-  } else {
-    LaunchTiles<64>(p, most, stream);
-  }
+  WithTile(tile, [&](auto t) {
+    const dim3 grid(Tiles(p.inner, kTileRows / 2), Tiles(most, t.kTile), static_cast<unsigned>(p.experts));
+    GateUp<decltype(t)><<<grid, kProductThreads, t.kBytes, stream>>>(p);
+  });
   return cudaGetLastError();
 }
 
@@ -248,14 +238,16 @@ cudaError_t LaunchDown(const DownParams& p, cudaStream_t stream) {
     tile = TileFor(
         p.count, [&](int columns) { return int64_t{Tiles(p.hidden, kTileRows)} * Tiles(p.count, columns); });
   }
-  if (tile == 256) {
-    LaunchTiles<256>(p, stream);
-  } else if (tile == 128) {
-    LaunchTiles<128>(p, stream);
-  } else {
-    LaunchTiles<64>(p, stream);
-  }
-  return cudaGetLastError();
+  cudaError_t launched = cudaSuccess;
+  WithTile(tile, [&](auto t) {
+    const dim3 grid(Tiles(p.hidden, kTileRows), Tiles(p.count, t.kTile));
+    if (p.after_another) {
+      launched = LaunchEarly(Down<decltype(t)>, grid, kProductThreads, t.kBytes, stream, p);
+    } else {
+      Down<decltype(t)><<<grid, kProductThreads, t.kBytes, stream>>>(p);
+    }
+  });
+  return launched != cudaSuccess ? launched : cudaGetLastError();
 }
 
 }  // namespace tandem::attention::cuda

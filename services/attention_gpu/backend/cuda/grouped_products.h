@@ -74,6 +74,9 @@ struct DownParams {
   int32_t inner = 0;
   int32_t count = 0;
   int32_t tile = 0;  // as in GateUpParams
+  // What is in front of this launch on the stream is another LaunchDown, which does not write `h`: the
+  // products may begin before it has ended, and only the sums wait for it.
+  bool after_another = false;
 };
 cudaError_t LaunchDown(const DownParams& p, cudaStream_t stream);
 

@@ -201,6 +201,7 @@ double Products(const model::ModelConfig& c, int64_t tokens_each, int32_t tile =
         d.inner = static_cast<int32_t>(inner);
         d.count = static_cast<int32_t>(tokens_each);
         d.tile = tile;
+        d.after_another = i > 0;
         e = LaunchDown(d, nullptr);
       }
       return e;

@@ -458,6 +458,7 @@ absl::Status StreamedExperts::Products(const RoutedCall& call, const Group& g,
   form.h = middle_form_;
   form.h_scale = middle_scale_;
   TANDEM_RETURN_IF_ERROR(ToStatus(LaunchToHalf(form, stream), "activations"));
+  bool another = false;
   for (int64_t i = 0; i < g.count; ++i) {
     DownParams d;
     d.type = w[2].type;
@@ -471,6 +472,8 @@ absl::Status StreamedExperts::Products(const RoutedCall& call, const Group& g,
     d.hidden = p.hidden;
     d.inner = p.inner;
     d.count = p.count[i];
+    d.after_another = another;
+    another = another || d.count > 0;
     TANDEM_RETURN_IF_ERROR(ToStatus(LaunchDown(d, stream), "down of streamed experts"));
   }
   return absl::OkStatus();
