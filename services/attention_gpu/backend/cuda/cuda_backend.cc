@@ -1,6 +1,7 @@
 #include "services/attention_gpu/backend/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -115,6 +116,8 @@ class CudaBackend : public Backend {
     cache_.layer_bytes = int64_t{options_.page_count} * PageRow();
     cache_memory_.Want(&cache_.data, c_.num_hidden_layers * cache_.layer_bytes);
     TANDEM_RETURN_IF_ERROR(cache_memory_.Allocate("the KV cache"));
+    page_memory_.Want(&page_staging_, page_bytes());
+    TANDEM_RETURN_IF_ERROR(page_memory_.Allocate("pages on their way"));
     frequencies_ = model::RopeFrequencies(c_);
     TANDEM_RETURN_IF_ERROR(work_.Allocate());
     const int64_t rows = std::max<int64_t>(options_.max_step_tokens, GraphRows());
@@ -271,12 +274,15 @@ class CudaBackend : public Backend {
   }
 
   absl::Status CopyPageOut(int32_t page, std::span<std::byte> to) override {
-    return CopyPage(page, to.data(), PageRow(), LayerOf(page), cache_.layer_bytes, to.size(),
-                    cudaMemcpyDeviceToHost);
+    TANDEM_RETURN_IF_ERROR(CopyPage(page, page_staging_, PageRow(), LayerOf(page), cache_.layer_bytes,
+                                    to.size(), cudaMemcpyDeviceToHost));
+    std::memcpy(to.data(), page_staging_, to.size());
+    return absl::OkStatus();
   }
 
   absl::Status CopyPageIn(std::span<const std::byte> from, int32_t page) override {
-    return CopyPage(page, LayerOf(page), cache_.layer_bytes, from.data(), PageRow(), from.size(),
+    std::memcpy(page_staging_, from.data(), std::min<size_t>(from.size(), page_bytes()));
+    return CopyPage(page, LayerOf(page), cache_.layer_bytes, page_staging_, PageRow(), from.size(),
                     cudaMemcpyHostToDevice);
   }
 
@@ -554,6 +560,9 @@ class CudaBackend : public Backend {
   std::unique_ptr<ExpertGroup> experts_;
   std::unique_ptr<cuda::DeviceWeights> weights_;
   cuda::Arena cache_memory_{cuda::Arena::Kind::kDevice};
+  // Copies to and from ordinary memory take several times as long as these and one on the CPU.
+  cuda::Arena page_memory_{cuda::Arena::Kind::kPinnedHost};
+  std::byte* page_staging_ = nullptr;  // one page
   cuda::LatentCache cache_;
   cuda::Workspace work_;
   std::unique_ptr<cuda::Forward> forward_;
