@@ -8,6 +8,7 @@
 #include "cli/synth/random_blocks.h"
 #include "common/base/status_macros.h"
 #include "common/kernels/read_ceiling.h"
+#include "services/expert_cpu/moe/choose_reading.h"
 
 namespace tandem::cli {
 
@@ -26,6 +27,7 @@ absl::StatusOr<std::unique_ptr<MoeWorker>> MoeWorker::Make(const MoeRunnerOption
   expert::Moe::Options moe;
   moe.max_tokens = options.max_tokens;
   worker->moe_ = std::make_unique<expert::Moe>(*worker->shard_, *worker->pool_, moe);
+  TANDEM_RETURN_IF_ERROR(expert::ChooseReading(*worker->shard_, *worker->moe_, {}).status());
   return worker;
 }
 

@@ -1,4 +1,5 @@
 // Which instruction sets the machine, its operating system and this build have, and which one is used.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -6,6 +7,7 @@
 #include "common/base/check.h"
 #include "common/kernels/dispatch.h"
 #include "common/kernels/kernels.h"
+#include "common/kernels/reading.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -123,10 +125,12 @@ std::vector<Isa> AvailableIsas() {
   return isas;
 }
 
-namespace internal {
-
 namespace {
-const Reading* reading_for_testing = nullptr;
+
+std::atomic<ReadingWay>& Way() {
+  static std::atomic<ReadingWay> way = DefaultReadingWay();
+  return way;
+}
 
 // The family of an AMD processor (Zen 1 and 2: 0x17, Zen 3 and 4: 0x19, Zen 5: 0x1a); 0: another maker's.
 int AmdFamily() {
@@ -144,6 +148,41 @@ int AmdFamily() {
   return 0;
 #endif
 }
+
+}  // namespace
+
+std::string_view ReadingWayName(ReadingWay way) {
+  switch (way) {
+    case ReadingWay::kPanels:
+      return "panels";
+    case ReadingWay::kPanelsRows:
+      return "panels-rows";
+    case ReadingWay::kFollowed:
+      return "followed";
+    case ReadingWay::kRows:
+      return "rows";
+    case ReadingWay::kRowsTwice:
+      return "rows-twice";
+  }
+  return "unknown";
+}
+
+ReadingWay DefaultReadingWay() {
+  // Zen 5; those before it, of which a Zen 4 was measured, are a third faster by panels, which in turn a Zen
+  // 5 serves worse.
+  constexpr int kZen5 = 0x1a;
+  const int amd = AmdFamily();
+  if (amd >= kZen5) return ReadingWay::kRowsTwice;
+  return amd != 0 ? ReadingWay::kPanels : ReadingWay::kFollowed;
+}
+
+ReadingWay ActiveReadingWay() { return Way().load(std::memory_order_relaxed); }
+void SetReadingWay(ReadingWay way) { Way().store(way, std::memory_order_relaxed); }
+
+namespace internal {
+
+namespace {
+const Reading* reading_for_testing = nullptr;
 }  // namespace
 
 Reading ReadingOf(int64_t cols, int64_t tokens) {
@@ -151,16 +190,22 @@ Reading ReadingOf(int64_t cols, int64_t tokens) {
   // Shorter rows are too few bytes to pay for turning the sums of each: measured with 2048 and 7168 columns
   // to be worth it, and with some hundreds not.
   const bool worth_rows = cols >= 2048;
-  // Zen 5; those before it, of which a Zen 4 was measured, are a third faster by panels asked for into the
-  // second cache, which in turn a Zen 5 serves worse.
-  constexpr int kZen5 = 0x1a;
-  const int amd = AmdFamily();
-  if (amd >= kZen5) return {kTwoRequests, worth_rows, 12288};
-  if (amd != 0) return {kSecondRequests, false, 0};
-  // So many columns make rows that the processor's own prefetchers follow, all 16 of a panel at once, unless
-  // products with many tokens keep it from them.
+  // So many columns make rows that a processor's own prefetchers may follow, all 16 of a panel at once,
+  // unless products with many tokens keep it from them.
   const bool follows = cols >= 4096;
-  return {follows && tokens <= 3 ? kNoRequests : kSecondRequests, !follows && worth_rows, 3072};
+  switch (ActiveReadingWay()) {
+    case ReadingWay::kPanels:
+      break;
+    case ReadingWay::kPanelsRows:
+      return {kSecondRequests, !follows && worth_rows, 1024};
+    case ReadingWay::kFollowed:
+      return {follows && tokens <= 3 ? kNoRequests : kSecondRequests, !follows && worth_rows, 3072};
+    case ReadingWay::kRows:
+      return {kSecondRequests, worth_rows, 3072};
+    case ReadingWay::kRowsTwice:
+      return {kTwoRequests, worth_rows, 12288};
+  }
+  return {kSecondRequests, false, 0};
 }
 
 void SetReadingForTesting(const Reading* reading) { reading_for_testing = reading; }

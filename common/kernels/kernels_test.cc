@@ -283,7 +283,8 @@ TEST_P(EveryType, FewTokensWithLongRowsEqualTheTwin) {
       using internal::Reading;
       for (const Reading& reading :
            {Reading{internal::kRequests, true, 4096}, Reading{internal::kNoRequests, false, 0},
-            Reading{internal::kTwoRequests, true, 1 << 20}, Reading{internal::kSecondRequests, false, 0}}) {
+            Reading{internal::kTwoRequests, true, 1 << 20}, Reading{internal::kSecondRequests, false, 0},
+            Reading{internal::kSecondRequests, true, 1024}}) {
         internal::SetReadingForTesting(&reading);
         EXPECT_EQ(want, products(isa)) << IsaName(isa) << " rows " << rows << " units " << units << " tokens "
                                        << n << " by rows " << reading.by_rows;

@@ -20,6 +20,7 @@
 #include "common/threading/thread_pool.h"
 #include "common/topology/cpu_list.h"
 #include "common/topology/topology.h"
+#include "services/expert_cpu/moe/choose_reading.h"
 #include "services/expert_cpu/moe/moe.h"
 #include "services/expert_cpu/service.h"
 #include "services/expert_cpu/shard/shard.h"
@@ -170,6 +171,8 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
   moe = std::make_unique<Moe>(*shard, *pool, moe_options);
   const double ceiling = MeasureCeiling(*shard, *pool);
   spdlog::info("weights can be read at {:.1f} GB/s", ceiling / 1e9);
+  TANDEM_ASSIGN_OR_RETURN(const std::string reading, ChooseReading(*shard, *moe, {}));
+  spdlog::info("weights are read by way of {}", reading);
   service.SetReady(*shard, *moe, ceiling);
   if (options.ring) {
     RingOptions ring;
