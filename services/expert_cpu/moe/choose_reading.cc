@@ -12,7 +12,7 @@
 namespace tandem::expert {
 namespace {
 
-constexpr double kWorthChanging = 0.97;
+constexpr double kWorthChanging = 0.95;
 
 template <typename T>
 std::span<const uint8_t> BytesOf(const std::vector<T>& v) {
@@ -84,11 +84,14 @@ absl::StatusOr<std::vector<TriedReading>> TryReadings(
     }
   }
   std::vector<TriedReading> tried;
-  for (size_t i = 0; i < ways.size(); ++i) tried.push_back({ways[i], Median(std::move(seconds[i]))});
-  const double of_first = tried.front().seconds;
-  const auto faster = [](const TriedReading& a, const TriedReading& b) { return a.seconds < b.seconds; };
+  for (size_t i = 0; i < ways.size(); ++i) {
+    std::vector<double> ratios;
+    for (size_t r = 0; r < seconds[i].size(); ++r) ratios.push_back(seconds[i][r] / seconds[0][r]);
+    tried.push_back({ways[i], Median(seconds[i]), Median(std::move(ratios))});
+  }
+  const auto faster = [](const TriedReading& a, const TriedReading& b) { return a.ratio < b.ratio; };
   std::stable_sort(tried.begin(), tried.end(), faster);
-  if (tried.front().seconds > of_first * kWorthChanging) {
+  if (tried.front().ratio > kWorthChanging) {
     std::stable_partition(tried.begin(), tried.end(), [&](const TriedReading& t) { return t.way == first; });
   }
   return tried;

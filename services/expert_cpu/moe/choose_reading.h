@@ -17,11 +17,12 @@ namespace tandem::expert {
 struct TriedReading {
   kernels::ReadingWay way = kernels::ReadingWay::kPanels;
   double seconds = 0;  // the median
+  double ratio = 1;    // the median of what it took of the first way's time in the same round
 };
 
 // Times every way once a round, in turns, `first` first, until `rounds` are done or `most` has passed; at
-// least one. In rising order of the medians, but `first` leads if it is less than 3 % behind. Errors are
-// those of `time`, which returns seconds.
+// least one. In rising order of the ratios, but `first` leads if it is less than 5 % behind: memory shared
+// with others is not the same from one moment to the next. Errors are those of `time`, which returns seconds.
 absl::StatusOr<std::vector<TriedReading>> TryReadings(
     kernels::ReadingWay first, int rounds, absl::Duration most,
     const std::function<absl::StatusOr<double>(kernels::ReadingWay)>& time);
@@ -29,7 +30,7 @@ absl::StatusOr<std::vector<TriedReading>> TryReadings(
 struct ChooseReadingOptions {
   uint64_t least_bytes =
       1'000'000'000;  // of the shard; a smaller one may lie in the caches, and is not tried
-  int rounds = 15;
+  int rounds = 25;
   absl::Duration most = absl::Milliseconds(1500);
 };
 
