@@ -95,6 +95,12 @@ if [ -n "$sanitize" ]; then
   check racecheck cuda_bell_test '*OneAfterTheOther/kernel:*AddsTheAnswers*/kernel'
   check racecheck cuda_sampler_test '*AFewRows*'
   check racecheck cuda_streamed_test '*OddShapes*'
+  export TANDEM_NO_WARPGROUPS=1
+  for tool in memcheck racecheck; do
+    check "$tool" cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
+    check "$tool" cuda_streamed_test '*OddShapes*'
+  done
+  unset TANDEM_NO_WARPGROUPS
 fi
 
 echo "$passed passed, $failed failed"

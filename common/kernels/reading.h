@@ -7,13 +7,14 @@
 
 namespace tandem::kernels {
 
+// Row by row, with one or two tokens, weights are asked for into the first cache, some KB ahead; panels are
+// 16 rows side by side, of which the next are asked for while some are worked on.
 enum class ReadingWay {
-  kPanels,      // 16 rows side by side, asked for into the second cache while the rows before are worked on
-  kPanelsRows,  // long rows so; short ones with one or two tokens row by row, 1 KB ahead into the second
-                // cache
-  kFollowed,    // long rows as panels that the processor's own prefetchers follow; short ones as above, 3 KB
-  kRows,        // with one or two tokens row by row, 3 KB ahead into the second cache; else as kPanels
-  kRowsTwice,   // likewise, 12 KB ahead into the first cache, each line twice; panels, too
+  kPanels,      // panels only, asked for into the second cache
+  kPanelsRows,  // long rows so; short ones row by row, 1 KB ahead
+  kFollowed,   // long rows as panels that the processor's own prefetchers follow; short ones row by row, 3 KB
+  kRows,       // row by row, 3 KB ahead; else as kPanels
+  kRowsTwice,  // row by row, 12 KB ahead; else panels asked for into the first cache, each line twice
 };
 inline constexpr std::array kReadingWays = {ReadingWay::kPanels, ReadingWay::kPanelsRows,
                                             ReadingWay::kFollowed, ReadingWay::kRows, ReadingWay::kRowsTwice};

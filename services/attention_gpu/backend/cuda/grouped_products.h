@@ -3,7 +3,8 @@
 //
 // Numerics: weights and activations are rounded to float16 (rows of activations scaled by a power of two
 // first), summed in float32 on tensor cores; SiLU(gate) * up in float32. A token's result does not depend on
-// what other tokens are in the call.
+// what other tokens are in the call. Sums in memory take the rounded product with its factors, and subnormal
+// ones are zero (PTX's red.add.f32).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -74,8 +75,8 @@ struct DownParams {
   int32_t inner = 0;
   int32_t count = 0;
   int32_t tile = 0;  // as in GateUpParams
-  // What is in front of this launch on the stream is another LaunchDown, which does not write `h`: the
-  // products may begin before it has ended, and only the sums wait for it.
+  // What is in front of this launch on the stream is another LaunchDown: the products may begin before it has
+  // ended, and only the sums wait for it. All that is read but x was complete before the first of such a row.
   bool after_another = false;
 };
 cudaError_t LaunchDown(const DownParams& p, cudaStream_t stream);

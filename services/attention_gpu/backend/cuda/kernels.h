@@ -77,6 +77,10 @@ cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream
 cudaError_t LaunchMatMul(const ProductParams& p, cudaStream_t stream);
 // Must be called once for the current device before LaunchMatMul: asks for its shared memory.
 cudaError_t PrepareMatMul();
+// Whether products of many columns are made by warpgroups: on devices of compute capability 9.0, in builds
+// with code for it (90a). Asked once, of the device that is current then: a process uses one kind of device.
+// TANDEM_NO_WARPGROUPS=1 in the environment says no, so that tests cover what other devices run.
+bool CanUseWarpgroups();
 
 // int8 form of rows of float32, and the float16 form.
 struct QuantizeParams {

@@ -5,12 +5,14 @@
 // Eight warps. By warpgroups (warpgroup_mma.cuh) each four have 64 rows and all columns, and the tensor cores
 // read both operands where they lie. By warps, with 256 columns each has 64 rows times 64 columns, so that a
 // matrix loaded from shared memory meets four others, and a decoded weight 256 columns; with fewer columns it
-// is 32 rows. One block of 256 columns has a processor for itself, two of fewer share one.
+// is 32 rows. One block of 256 columns has a processor for itself, two of fewer share one where they have the
+// registers.
 #pragma once
 
 #include <type_traits>
 
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
+#include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
 #include "services/attention_gpu/backend/cuda/warpgroup_mma.cuh"
 
@@ -213,7 +215,7 @@ __device__ __forceinline__ void MultiplyTile(unsigned char* shared, int type, co
 template <int kTile, bool kWarpgroups, typename Body>
 __device__ __forceinline__ void WithTileFor(int columns, const Body& body) {
 #ifndef TANDEM_WARPGROUP_CODE
-  if constexpr (kWarpgroups) return;  // never launched
+  if constexpr (kWarpgroups) __trap();  // never launched: WithTile
 #endif
   if constexpr (kTile > 64) {
     if (columns <= kTile / 2) return WithTileFor<kTile / 2, kWarpgroups>(columns, body);

@@ -82,8 +82,8 @@ __device__ __forceinline__ void MatMulTile(const ProductParams& p, unsigned char
   });
 }
 
-// By warpgroups one block a processor: two leave too few registers, and tiles that are not the widest are for
-// few blocks.
+// By warpgroups one block of 128 columns or more a processor: two leave too few registers, and tiles that are
+// not the widest are for few blocks.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads, T::kWarpgroups&& T::kTile > 64 ? 1 : T::kBlocks)
     MatMul(const __grid_constant__ ProductParams p) {

@@ -1,5 +1,6 @@
 // Products with quantized weights against sums in double over what quant::Dequantize gives.
 #include <cmath>
+#include <cstdlib>
 #include <deque>
 #include <limits>
 
@@ -317,6 +318,15 @@ TEST(CudaProducts, HeadsAndAccumulation) {
   }
 }
 
+TEST(CudaProducts, ByWarpgroupsWhereTheDeviceHasThem) {
+  TANDEM_NEEDS_GPU();
+  int major = 0, minor = 0;
+  Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+  const char* without = std::getenv("TANDEM_NO_WARPGROUPS");
+  EXPECT_EQ(CanUseWarpgroups(), major == 9 && minor == 0 && without == nullptr);
+}
+
 // Whatever a block's width, and as float16 the same values rounded.
 TEST(CudaProducts, TheTileDoesNotMatter) {
   TANDEM_NEEDS_GPU();
@@ -357,6 +367,18 @@ TEST(CudaProducts, TheTileDoesNotMatter) {
           EXPECT_NEAR(got[column * heads * rows + row], sum, 1e-3 * size);
         }
         EXPECT_TRUE(SameBits(first.data(), got.data(), got.size())) << tile << ", " << columns << " columns";
+        // Added to what is there, once.
+        const auto before = Gaussian(rng, static_cast<int64_t>(got.size()));
+        DeviceArray<float> sums(before);
+        p.y = sums.get();
+        p.accumulate = true;
+        Check(LaunchMatMul(p, nullptr));
+        p.y = y.get();
+        p.accumulate = false;
+        const auto added = sums.Download();
+        for (size_t i = 0; i < added.size(); ++i) {
+          ASSERT_EQ(added[i], before[i] + first[i]) << tile << ", " << columns << " columns, " << i;
+        }
         p.y_half = half.get();
         Check(LaunchMatMul(p, nullptr));
         const auto halves = half.Download();

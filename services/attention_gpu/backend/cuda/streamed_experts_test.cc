@@ -632,24 +632,10 @@ TEST(StreamedExpertsTest, ProductsOfManyRows) {
   }
 
   const testing::DeviceActivations m(got, static_cast<int64_t>(pairs), inner, inner);
-  DeviceArray<float> sum(std::vector<float>(static_cast<size_t>(tokens * hidden)));
   std::vector<double> want(static_cast<size_t>(tokens * 3));
   std::vector<double> sizes(want.size());
   const int64_t rows[3] = {0, 3333, hidden - 1};
   for (int e = 0; e < kExperts; ++e) {
-    DownParams d;
-    d.type = d_down.matrix().type;
-    d.row_bytes = d_down.matrix().row_bytes;
-    d.data = d_down.matrix().data + e * hidden * d.row_bytes;
-    d.h = m.get().h + int64_t{p.begin[e]} * inner;
-    d.h_scale = m.get().h_scale + p.begin[e];
-    d.pair_token = d_token.get() + p.begin[e];
-    d.pair_weight = d_weight.get() + p.begin[e];
-    d.x = sum.get();
-    d.hidden = p.hidden;
-    d.inner = p.inner;
-    d.count = counts[e];
-    Check(LaunchDown(d, nullptr));
     for (int k = 0; k < 3; ++k) {
       const auto w = row_of(down, e * hidden + rows[k]);
       for (int32_t i = p.begin[e]; i < p.begin[e] + counts[e]; ++i) {
@@ -659,13 +645,41 @@ TEST(StreamedExpertsTest, ProductsOfManyRows) {
       }
     }
   }
-  const auto y = sum.Download();
+  // One expert behind the other, who share most tokens; each after the one before or beside its end.
+  auto sums = [&](int32_t tile, bool chained) {
+    DeviceArray<float> sum(std::vector<float>(static_cast<size_t>(tokens * hidden)));
+    bool another = false;
+    for (int e = 0; e < kExperts; ++e) {
+      DownParams d;
+      d.type = d_down.matrix().type;
+      d.row_bytes = d_down.matrix().row_bytes;
+      d.data = d_down.matrix().data + e * hidden * d.row_bytes;
+      d.h = m.get().h + int64_t{p.begin[e]} * inner;
+      d.h_scale = m.get().h_scale + p.begin[e];
+      d.pair_token = d_token.get() + p.begin[e];
+      d.pair_weight = d_weight.get() + p.begin[e];
+      d.x = sum.get();
+      d.hidden = p.hidden;
+      d.inner = p.inner;
+      d.count = counts[e];
+      d.tile = tile;
+      d.after_another = chained && another;
+      another = another || d.count > 0;
+      Check(LaunchDown(d, nullptr));
+    }
+    return sum.Download();
+  };
+  const auto y = sums(0, false);
   for (const int32_t tile : {64, 128, 256}) {
     DeviceArray<float> again(pairs * inner);
     p.tile = tile;
     p.middle = again.get();
     Check(LaunchGateUp(p, nullptr));
     EXPECT_TRUE(testing::SameBits(got.data(), again.Download().data(), got.size())) << tile;
+    EXPECT_TRUE(testing::SameBits(y.data(), sums(tile, false).data(), y.size())) << tile;
+    for (int i = 0; i < 10; ++i) {
+      EXPECT_TRUE(testing::SameBits(y.data(), sums(tile, true).data(), y.size())) << tile << " chained";
+    }
   }
   for (int64_t t = 0; t < tokens; ++t) {
     for (int k = 0; k < 3; ++k) {

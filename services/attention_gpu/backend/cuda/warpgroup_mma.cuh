@@ -12,10 +12,6 @@
 
 namespace tandem::attention::cuda {
 
-// Whether the current device does it and this build has code for it. TANDEM_NO_WARPGROUPS=1 in the
-// environment says no, so that tests cover what other devices run (matmul.cu).
-bool CanUseWarpgroups();
-
 #ifdef TANDEM_WARPGROUP_CODE
 
 // A float16 matrix in shared memory, rows of 64 inputs (128 bytes) one after the other, sixteen bytes p of
