@@ -19,7 +19,7 @@ std::span<const uint8_t> BytesOf(std::span<T> v) {
   return {reinterpret_cast<const uint8_t*>(v.data()), v.size() * sizeof(T)};
 }
 
-constexpr int64_t kTokens = 4;  // of the second call
+constexpr int64_t kFewTokens = 4;  // of the second call, if a call may have so many
 
 // Calls that go through the shard's experts, of one token and of a few that share theirs.
 class Calls {
@@ -28,15 +28,18 @@ class Calls {
       : plan_(shard.plan()),
         moe_(moe),
         k_(std::min(plan_.num_experts_per_tok, plan_.experts())),
-        ids_(static_cast<size_t>(kTokens * k_)),
+        few_(std::min(kFewTokens, moe.options().max_tokens)),
+        ids_(static_cast<size_t>(few_ * k_)),
         weights_(ids_.size(), 1.0f / static_cast<float>(k_)),
-        x_(static_cast<size_t>(kTokens * plan_.hidden_size)),
-        answer_(moe.AnswerBytes(kTokens, AnswerType::kF32)) {
+        x_(static_cast<size_t>(few_ * plan_.hidden_size)),
+        answer_(moe.AnswerBytes(few_, AnswerType::kF32)) {
     for (size_t i = 0; i < x_.size(); ++i) x_[i] = static_cast<float>(i % 17) / 8 - 1;
   }
 
   // Layers may have weights of different types and sizes: ways are compared on the same one.
   void NextLayer() { layer_ = (layer_ + 1) % plan_.layers.size(); }
+
+  int64_t few() const { return few_; }
 
   // Seconds, each time with other experts.
   absl::StatusOr<double> Time(int64_t tokens) {
@@ -67,7 +70,7 @@ class Calls {
  private:
   const ShardPlan& plan_;
   Moe& moe_;
-  const int64_t k_;
+  const int64_t k_, few_;
   std::vector<int32_t> ids_;
   std::vector<float> weights_, x_;
   std::vector<uint8_t> answer_;
@@ -122,7 +125,7 @@ absl::StatusOr<std::string> ChooseReading(const Shard& shard, Moe& moe, const Ch
     if (way == usual) calls.NextLayer();
     kernels::SetReadingWay(way);
     TANDEM_ASSIGN_OR_RETURN(const double one, calls.Time(1));
-    TANDEM_ASSIGN_OR_RETURN(const double few, calls.Time(kTokens));
+    TANDEM_ASSIGN_OR_RETURN(const double few, calls.Time(calls.few()));
     return one + few;
   };
   const auto tried = TryReadings(usual, options.rounds, options.most, time);

@@ -109,6 +109,22 @@ TEST_F(ChooseReadingTest, TriesAllOnTheShardsOwnExperts) {
   }
 }
 
+TEST_F(ChooseReadingTest, CallsMayHaveOneTokenOnly) {
+  const SyntheticModel model{SyntheticShape()};
+  Process process(model);
+  threading::ThreadPool::Options threads;
+  threads.threads = 1;
+  threading::ThreadPool pool(threads);
+  Moe::Options one;
+  one.max_tokens = 1;
+  Moe moe(process.shard(), pool, one);
+  ChooseReadingOptions options;
+  options.least_bytes = 0;
+  options.rounds = 1;
+  const auto said = ChooseReading(process.shard(), moe, options);
+  EXPECT_TRUE(said.ok()) << said.status();
+}
+
 TEST_F(ChooseReadingTest, AShardThatCachesMayHoldSaysNothing) {
   const SyntheticModel model{SyntheticShape()};
   Process process(model);
