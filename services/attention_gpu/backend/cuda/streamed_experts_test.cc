@@ -282,7 +282,7 @@ TEST(StreamedExpertsTest, SharedWithTheProcesses) {
     (*experts)->Share(std::move(*calls),
                       [&](int64_t, std::span<const int32_t> counts, const std::vector<bool>& coming) {
                         EXPECT_EQ(std::count(coming.begin(), coming.end(), true) > 0, way.ahead);
-                        const std::vector<bool> shared = ChoosePercent(percent, counts, coming);
+                        std::vector<bool> shared = ChoosePercent(percent, counts, coming);
                         for (size_t e = 0; e < shared.size(); ++e) {
                           if (shared[e] && counts[e] > 0) chosen.push_back(static_cast<int32_t>(e));
                         }
