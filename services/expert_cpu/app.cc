@@ -171,8 +171,14 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
   moe = std::make_unique<Moe>(*shard, *pool, moe_options);
   const double ceiling = MeasureCeiling(*shard, *pool);
   spdlog::info("weights can be read at {:.1f} GB/s", ceiling / 1e9);
-  TANDEM_ASSIGN_OR_RETURN(const std::string reading, ChooseReading(*shard, *moe, {}));
-  spdlog::info("weights are read by way of {}", reading);
+  // Only speed depends on it.
+  const absl::StatusOr<std::string> reading = ChooseReading(*shard, *moe, {});
+  if (reading.ok()) {
+    spdlog::info("weights are read by way of {}", *reading);
+  } else {
+    spdlog::warn("no way of reading weights was tried, the usual one is taken: {}",
+                 std::string(reading.status().message()));
+  }
   service.SetReady(*shard, *moe, ceiling);
   if (options.ring) {
     RingOptions ring;

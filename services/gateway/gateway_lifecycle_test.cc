@@ -43,6 +43,15 @@ class LifecycleTest : public testing::GatewayFixture {
     ADD_FAILURE() << line_start << " is " << Metric(line_start) << ", not " << value;
     return false;
   }
+  // The gateway with two engines of the same script; both are known. `second` must outlive gateway_.
+  void StartWith(FakeEngine& second, const FakeEngine::Script& script) {
+    second.Start();
+    options_.engines.push_back(second.address());
+    Start();
+    engine_->SetScript(script);
+    second.SetScript(script);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
 };
 
 TEST_F(LifecycleTest, RefusesWithRetryAfterUntilTheEngineServes) {
@@ -345,16 +354,11 @@ TEST_F(LifecycleTest, ManyStreamsAtOnce) {
 }
 
 TEST_F(LifecycleTest, SeveralEnginesShareTheWorkAndReplaceEachOther) {
-  FakeEngine second;
-  second.Start();
-  options_.engines.push_back(second.address());
-  Start();
   FakeEngine::Script script;
   script.text = LongText();
   script.delay = std::chrono::milliseconds(3);
-  engine_->SetScript(script);
-  second.SetScript(script);
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  FakeEngine second;
+  StartWith(second, script);
   RawClient a(gateway_->http_port()), b(gateway_->http_port());
   a.Send(Wire("POST", "/v1/chat/completions", ChatBody(R"("stream":true)")));
   a.ReadUntil("word");
@@ -370,16 +374,11 @@ TEST_F(LifecycleTest, SeveralEnginesShareTheWorkAndReplaceEachOther) {
 }
 
 TEST_F(LifecycleTest, AFullEngineLeavesTheSequenceToTheNext) {
-  FakeEngine second;
-  second.Start();
-  options_.engines.push_back(second.address());
-  Start();
   FakeEngine::Script full;
   full.fail_after = 0;
   full.failure = grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "the queue is full");
-  engine_->SetScript(full);
-  second.SetScript(full);
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  FakeEngine second;
+  StartWith(second, full);
   ExpectError(Chat(), 429, "rate_limit_error", "", "rate_limit_exceeded", "the queue is full");
   EXPECT_EQ(engine_->requests().size(), 1u);
   EXPECT_EQ(second.requests().size(), 1u);
@@ -410,15 +409,10 @@ TEST_F(LifecycleTest, AnEngineOutOfPatienceIsNotAskedAgain) {
 }
 
 TEST_F(LifecycleTest, AnEngineOutOfPatienceLeavesTheSequenceToOneThatComputes) {
-  FakeEngine second;
-  second.Start();
-  options_.engines.push_back(second.address());
-  Start();
   FakeEngine::Script script;
   script.text = LongText();
-  engine_->SetScript(script);
-  second.SetScript(script);
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // both are known
+  FakeEngine second;
+  StartWith(second, script);
   const std::string expected = ParseStream(Chat(R"("stream":true)")).content;
   for (const int tokens : {0, 5}) {
     // Whichever is asked first.

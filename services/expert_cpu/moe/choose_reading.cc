@@ -1,7 +1,6 @@
 #include "services/expert_cpu/moe/choose_reading.h"
 
 #include <algorithm>
-#include <cstring>
 #include <span>
 
 #include "absl/strings/str_cat.h"
