@@ -65,7 +65,7 @@ for name in cuda_products_test cuda_vectors_test cuda_attention_test cuda_prefil
 done
 # What devices without warpgroups' products run; the same once more where there are none.
 export TANDEM_NO_WARPGROUPS=1
-for name in cuda_products_test cuda_prefill_attention_test cuda_streamed_test; do
+for name in cuda_products_test cuda_attention_test cuda_prefill_attention_test cuda_streamed_test cuda_backend_test; do
   run "$name" ' without warpgroups'
 done
 unset TANDEM_NO_WARPGROUPS
@@ -98,6 +98,7 @@ if [ -n "$sanitize" ]; then
   export TANDEM_NO_WARPGROUPS=1
   for tool in memcheck racecheck; do
     check "$tool" cuda_products_test '*ManyColumnsOfShortRows:*HeadsAndAccumulation'
+    check "$tool" cuda_attention_test '*RowsDoNotSee*'
     check "$tool" cuda_streamed_test '*OddShapes*'
   done
   unset TANDEM_NO_WARPGROUPS

@@ -13,16 +13,15 @@
 //
 // An int8 cache is read as bytes, which are made float16 on the way into the tensor cores; a token's scale is
 // applied to its scores and its weights.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <type_traits>
 
+#include "services/attention_gpu/backend/cuda/attention_stretch.cuh"
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/int8_form.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
+#include "services/attention_gpu/backend/cuda/warpgroup_attention.h"
 
 namespace tandem::attention::cuda {
 namespace {
@@ -33,12 +32,6 @@ constexpr int kHeads = 32;               // of a group
 constexpr int kSlotValues = 64;          // float4: 8 heads, 32 positions, from one warp to another
 constexpr int kSlots = 3 * kWarps;       // of a group
 constexpr int kSmallShared = 99 * 1024;  // what every GPU from compute capability 8.6 on gives a block
-constexpr float kLog2E = 1.4426950408889634f;
-// The weights of a softmax are relative to a score that was the largest when it was chosen: another one is
-// chosen only where one is larger by this. Sums are rarely rescaled then.
-constexpr float kSlack = 4.0f;
-// Weights times an int8 cache's scale, as float16: brought away from its smallest numbers.
-constexpr float kWeightUnit = 32.0f;
 
 template <int kLoraOf, int kRopeOf, CacheType kCacheOf>
 struct Shape {
@@ -60,55 +53,6 @@ struct Shape {
     return buffers * kTileBytes + ExchangeBytes(groups) + 2 * groups * kHeads * 4;
   }
 };
-
-struct Stretch {
-  int begin, end;
-};
-__device__ __forceinline__ int StretchLength(int tokens, int splits) {
-  return ((tokens + splits - 1) / splits + kTile - 1) / kTile * kTile;
-}
-// Part `split` of [0, tokens) cut into `splits`; may be empty.
-__device__ __forceinline__ Stretch StretchOf(int tokens, int splits, int split) {
-  const int length = StretchLength(tokens, splits), begin = min(split * length, tokens);
-  return {begin, min(begin + length, tokens)};
-}
-
-__device__ __forceinline__ float Exp2(float v) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
-  return y;
-}
-
-template <bool kHalf>
-__device__ __forceinline__ uint32_t Pack(float a, float b) {
-  if constexpr (kHalf) {
-    const __half2 v = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
-// The sum of both values.
-template <bool kHalf>
-__device__ __forceinline__ float SumOf(uint32_t packed) {
-  if constexpr (kHalf) {
-    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&packed));
-    return v.x + v.y;
-  } else {
-    return __uint_as_float(packed << 16) + __uint_as_float(packed & 0xffff0000u);
-  }
-}
-
-// Two of the four bytes of `word`, which are integers + 128, as float16.
-template <int kFirst, int kSecond>
-__device__ __forceinline__ uint32_t HalfOfBytes(uint32_t word) {
-  // As the low bits of the float16 1024, a byte adds its value.
-  const uint32_t bits = __byte_perm(word, 0x64646464u, 0x4040 | kSecond << 8 | kFirst);
-  const __half2 offset = __half2half2(__ushort_as_half(0x6480));  // 1152
-  const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&bits), offset);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
 
 template <bool kHalf>
 __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -132,9 +76,8 @@ __global__ void __launch_bounds__(kGroups* kWarps * 32, 1) Attend(const Attentio
 
   LetNextBegin();
   const int64_t t = blockIdx.y;
-  const int position = p.rows.position[t], splits = p.splits[t], split = blockIdx.z;
-  const Stretch stretch =
-      position < 0 || split >= splits ? Stretch{0, 0} : StretchOf(position + 1, splits, split);
+  const int splits = p.splits[t], split = blockIdx.z;
+  const Stretch stretch = StretchOf(p, t, split);
   const int tiles = (stretch.end - stretch.begin + kTile - 1) / kTile;
   if (tiles == 0) {
     AwaitEarlier();
@@ -568,7 +511,31 @@ cudaError_t SharedOfBlock(int* bytes) {
                           : cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
+cudaError_t LaunchByWarps(const AttentionParams& p, cudaStream_t stream) {
+  int shared = 0;
+  cudaError_t e = SharedOfBlock(&shared);
+  if (e != cudaSuccess) return e;
+  if (p.shared_bytes > 0) shared = std::min(shared, p.shared_bytes);
+  return ForShape(p.heads, p.lora, p.type, shared, [&](auto shape, auto groups, auto buffers) {
+    using S = decltype(shape);
+    constexpr int kGroups = decltype(groups)::value, kBuffers = decltype(buffers)::value;
+    constexpr int kBlockHeads = kGroups * kHeads;
+    const dim3 grid(static_cast<unsigned>((p.heads + kBlockHeads - 1) / kBlockHeads),
+                    static_cast<unsigned>(p.n), static_cast<unsigned>(p.most_splits));
+    return LaunchEarly(Attend<S, kGroups, kBuffers>, grid, kGroups * kWarps * 32, S::Bytes(kGroups, kBuffers),
+                       stream, p);
+  });
+}
+
 }  // namespace
+
+int SplitsOf(int64_t tokens, bool by_warpgroups) {
+  auto of = [&](int64_t length) { return (tokens + length - 1) / length; };
+  int64_t n = of(kSplitTokens);
+  // By warpgroups four more strips take less than what combines twice the parts.
+  if (by_warpgroups) n = std::max(std::min<int64_t>(n, 16), of(2 * kSplitTokens));
+  return static_cast<int>(std::clamp<int64_t>(n, 1, kMaxSplits));
+}
 
 bool AttentionSupports(int32_t lora, int32_t rope) {
   return (lora == 512 && rope == 64) || (lora == 256 && rope == 32);
@@ -593,7 +560,7 @@ cudaError_t PrepareAttention() {
       }
     }
   }
-  return e;
+  return e != cudaSuccess ? e : PrepareWarpgroupAttention();
 }
 
 cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream) {
@@ -601,19 +568,8 @@ cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream) {
   if (!AttentionSupports(p.lora, p.rope) || p.rows.page_tokens % kTile != 0 || p.most_splits > kMaxSplits) {
     return cudaErrorInvalidValue;
   }
-  int shared = 0;
-  cudaError_t e = SharedOfBlock(&shared);
-  if (e != cudaSuccess) return e;
-  if (p.shared_bytes > 0) shared = std::min(shared, p.shared_bytes);
-  e = ForShape(p.heads, p.lora, p.type, shared, [&](auto shape, auto groups, auto buffers) {
-    using S = decltype(shape);
-    constexpr int kGroups = decltype(groups)::value, kBuffers = decltype(buffers)::value;
-    constexpr int kBlockHeads = kGroups * kHeads;
-    const dim3 grid(static_cast<unsigned>((p.heads + kBlockHeads - 1) / kBlockHeads),
-                    static_cast<unsigned>(p.n), static_cast<unsigned>(p.most_splits));
-    return LaunchEarly(Attend<S, kGroups, kBuffers>, grid, kGroups * kWarps * 32, S::Bytes(kGroups, kBuffers),
-                       stream, p);
-  });
+  const bool by_warpgroups = p.shared_bytes == 0 && WarpgroupsAttend(p.type, p.heads, p.lora, p.rope);
+  cudaError_t e = by_warpgroups ? LaunchWarpgroupAttention(p, stream) : LaunchByWarps(p, stream);
   if (e == cudaSuccess && (p.most_splits > 1 || p.q != nullptr)) {
     e = LaunchEarly(Combine, dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.n)),
                     kCombineGroups * kCombineThreads, 0, stream, p);

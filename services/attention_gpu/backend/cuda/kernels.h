@@ -227,11 +227,10 @@ struct AttentionParams {
 constexpr int kAttentionTile = 32;  // positions handled together
 constexpr int kSplitTokens = 128;   // the least worth a split
 constexpr int kMaxSplits = 64;
+// Whether a kernel of its own does it, by warpgroups, on the current device (warpgroup_attention.cu).
+bool WarpgroupsAttend(CacheType type, int64_t heads, int64_t lora, int64_t rope);
 // Splits of a row that sees `tokens` positions, where it is one of few rows.
-inline int SplitsOf(int64_t tokens) {
-  const int64_t n = (tokens + kSplitTokens - 1) / kSplitTokens;
-  return n < 1 ? 1 : n > kMaxSplits ? kMaxSplits : static_cast<int>(n);
-}
+int SplitsOf(int64_t tokens, bool by_warpgroups);
 bool AttentionSupports(int32_t lora, int32_t rope);
 cudaError_t PrepareAttention();  // once for the current device, before the first launch
 cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream);

@@ -195,6 +195,7 @@ __device__ __forceinline__ void MultiplyByWarpgroups(TileFeed<T, Source>& feed, 
     AwaitWarpgroupProducts<1>();
   }
   AwaitWarpgroupProducts<0>();
+  HoldSums(sum[0]);
   WaitCopies<0>();
 #endif
 }

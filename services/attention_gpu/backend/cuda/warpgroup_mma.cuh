@@ -22,6 +22,15 @@ __device__ __forceinline__ uint64_t SharedMatrix(uint32_t address) {
   return uint64_t{address >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// The same memory with what lies along its rows as a product's columns, 64 of them, and its rows as inputs:
+// `address` is a multiple of 1024, plus 2048 for each 16 inputs further on. The next 64 columns are kNext
+// bytes behind it.
+template <uint32_t kNext>
+__device__ __forceinline__ uint64_t SharedMatrixOfColumns(uint32_t address) {
+  return uint64_t{address >> 4 & 0x3fff} | uint64_t{kNext >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
 // Ordinary writes of this thread to shared memory before it are seen by products that begin behind the next
 // barrier.
 __device__ __forceinline__ void ShowToWarpgroups() {
@@ -40,11 +49,22 @@ __device__ __forceinline__ void AwaitWarpgroupProducts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+// Between products and whatever else reads or writes their sums, behind AwaitWarpgroupProducts: the compiler
+// knows of a product as of any instruction, whose result is there at once.
+template <int kColumnTiles>
+__device__ __forceinline__ void HoldSums(float (&sums)[kColumnTiles][4]) {
+#pragma unroll
+  for (auto& tile : sums) {
+    asm volatile("" : "+f"(tile[0]), "+f"(tile[1]), "+f"(tile[2]), "+f"(tile[3])::"memory");
+  }
+}
+
 #define TANDEM_SUMS_4(s, n) "+f"((s)[n][0]), "+f"((s)[n][1]), "+f"((s)[n][2]), "+f"((s)[n][3])
 #define TANDEM_SUMS_16(s, n) \
   TANDEM_SUMS_4(s, n), TANDEM_SUMS_4(s, n + 1), TANDEM_SUMS_4(s, n + 2), TANDEM_SUMS_4(s, n + 3)
 #define TANDEM_SUMS_32(s, n) TANDEM_SUMS_16(s, n), TANDEM_SUMS_16(s, n + 4)
 #define TANDEM_SUMS_64(s, n) TANDEM_SUMS_32(s, n), TANDEM_SUMS_32(s, n + 8)
+#define TANDEM_NAMES_0_15 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TANDEM_NAMES_0_31                                                                                   \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%" \
   "28,"                                                                                                     \
@@ -88,10 +108,40 @@ __device__ __forceinline__ void WarpgroupMma(float (&sums)[kColumnTiles][4], uin
   }
 }
 
+// sums[64, 32] += a[64, 16] b[16, 32] as above, in bfloat16.
+__device__ __forceinline__ void WarpgroupScores(float (&sums)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" TANDEM_NAMES_0_15
+      "}, %16, %17, add, 1, 1, 0, 0;\n}\n"
+      : TANDEM_SUMS_16(sums, 0)
+      : "l"(a), "l"(b));
+}
+// With a in registers, each warp's 16 rows as for MmaBf16.
+__device__ __forceinline__ void WarpgroupScores(float (&sums)[4][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" TANDEM_NAMES_0_15
+      "}, {%16,%17,%18,%19}, %20, add, 1, 1, 0;\n}\n"
+      : TANDEM_SUMS_16(sums, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// sums[64, 256] += a[64, 16] b[16, 256] in bfloat16: a in registers, b a SharedMatrixOfColumns.
+__device__ __forceinline__ void WarpgroupValues(float (&sums)[32][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" TANDEM_NAMES_0_31 "," TANDEM_NAMES_32_63
+      "," TANDEM_NAMES_64_127 "}, {%128,%129,%130,%131}, %132, add, 1, 1, 1;\n}\n"
+      : TANDEM_SUMS_64(sums, 0), TANDEM_SUMS_64(sums, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 #undef TANDEM_SUMS_4
 #undef TANDEM_SUMS_16
 #undef TANDEM_SUMS_32
 #undef TANDEM_SUMS_64
+#undef TANDEM_NAMES_0_15
 #undef TANDEM_NAMES_0_31
 #undef TANDEM_NAMES_32_63
 #undef TANDEM_NAMES_64_127

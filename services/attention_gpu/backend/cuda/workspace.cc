@@ -158,7 +158,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
       position[s.first + i] = s.position + i;
       first_page[s.first + i] = at;
       made[s.first + i] = s.position + i >= s.generated_from ? 1 : 0;
-      split[s.first + i] = s.count == 1 ? SplitsOf(int64_t{s.position} + 1) : 1;
+      split[s.first + i] = s.count == 1 ? SplitsOf(int64_t{s.position} + 1, by_warpgroups) : 1;
     }
     at += count;
   }

@@ -71,6 +71,7 @@ class Workspace {
   std::vector<AttentionRange> ranges;  // of the rows that are not expanded
   std::vector<AttentionBlock> blocks;  // of all rows, in order
   bool expand = true;                  // LayOut may choose expanded attention
+  bool by_warpgroups = false;          // WarpgroupsAttend: matters to the parts of rows
   // Rows whose logits are wanted, in order, on both sides.
   std::vector<int32_t> wanted;
   const int32_t* wanted_rows = nullptr;
