@@ -328,6 +328,20 @@ TEST(CudaAttention, LargeScoresDoNotOverflow) {
   }
 }
 
+// A graph has blocks for as many parts as its longest rows need.
+TEST(CudaAttention, LongerRowsAreNotCutIntoFewerParts) {
+  for (const bool by_warpgroups : {false, true}) {
+    int before = 1;
+    for (int64_t tokens = 1; tokens < 200000; tokens += tokens / 50 + 1) {
+      const int n = SplitsOf(tokens, by_warpgroups);
+      EXPECT_GE(n, before) << tokens;
+      EXPECT_LE(n, std::min<int64_t>(kMaxSplits, (tokens + kSplitTokens - 1) / kSplitTokens)) << tokens;
+      before = n;
+    }
+    EXPECT_EQ(before, kMaxSplits);
+  }
+}
+
 // What the int8 cache costs: the same tokens and queries, in both types.
 TEST(CudaAttention, AnInt8CacheIsCloseToBf16) {
   TANDEM_NEEDS_GPU();

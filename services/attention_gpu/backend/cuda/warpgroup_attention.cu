@@ -32,6 +32,8 @@
 #include "services/attention_gpu/backend/cuda/warpgroup_mma.cuh"
 
 namespace tandem::attention::cuda {
+
+#ifdef TANDEM_WARPGROUPS
 namespace {
 
 constexpr int kLora = 512, kRope = 64, kWidth = kLora + kRope;
@@ -320,7 +322,10 @@ struct Multiply {
       }
       BeginWarpgroupProducts();
       Values(first, weights[0], out);
-      if (first + 1 < b.strips) Values(first + 1, weights[1], out);
+      if (first + 1 < b.strips) {
+        BeginWarpgroupProducts();
+        Values(first + 1, weights[1], out);
+      }
       ShowToWarpgroups();  // weights were here: the copy engine writes there next
       if (first + 1 < b.strips) {
         AwaitWarpgroupProducts<1>();
@@ -365,8 +370,6 @@ struct Multiply {
 
 #endif  // TANDEM_WARPGROUP_CODE
 
-#ifdef TANDEM_WARPGROUPS
-
 __global__ void __launch_bounds__(kThreads, 1)
     AttendByWarpgroups(const __grid_constant__ AttentionParams p, const __grid_constant__ CUtensorMap map) {
 #ifdef TANDEM_WARPGROUP_CODE
@@ -407,10 +410,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// The cache as boxes of 64 values of 32 rows, which lie in shared memory as warpgroups read them. How many
-// rows there are is not known here; none is asked for that does not exist.
-cudaError_t MapOf(const AttentionParams& p, CUtensorMap* map) {
-  static const auto encode = [] {
+// The driver's function that describes a tensor to the copy engine; null where it has none.
+PFN_cuTensorMapEncodeTiled_v12000 Encoder() {
+  static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
     const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
@@ -419,21 +421,31 @@ cudaError_t MapOf(const AttentionParams& p, CUtensorMap* map) {
                ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
                : nullptr;
   }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  return encoder;
+}
+
+// The cache as boxes of 64 values of 32 rows, which lie in shared memory as warpgroups read them. How many
+// rows there are is not known here; none is asked for that does not exist.
+cudaError_t MapOf(const AttentionParams& p, CUtensorMap* map) {
   const cuuint64_t size[] = {kWidth, INT32_MAX}, apart[] = {2 * kWidth};
   const cuuint32_t box[] = {64, kStrip}, step[] = {1, 1};
-  const CUresult e = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(p.cache), size, apart,
-                            box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult e = Encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(p.cache), size,
+                               apart, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return e == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+}  // namespace
 #endif  // TANDEM_WARPGROUPS
 
-}  // namespace
-
-bool WarpgroupsAttend(CacheType type, int64_t heads, int64_t lora, int64_t rope) {
-  return CanUseWarpgroups() && type == kCacheBf16 && heads > kHeads / 2 && lora == kLora && rope == kRope;
+bool WarpgroupsAttend([[maybe_unused]] CacheType type, [[maybe_unused]] int64_t heads,
+                      [[maybe_unused]] int64_t lora, [[maybe_unused]] int64_t rope) {
+#ifdef TANDEM_WARPGROUPS
+  return CanUseWarpgroups() && Encoder() != nullptr && type == kCacheBf16 && heads > kHeads / 2 &&
+         lora == kLora && rope == kRope;
+#else
+  return false;
+#endif
 }
 
 cudaError_t PrepareWarpgroupAttention() {
