@@ -209,5 +209,31 @@ TEST_F(ClientsTest, TheGatewaysOwnBound) {
   EXPECT_GT(refused, 0);
 }
 
+// A gateway that may open few files keeps some for itself: connections beyond the rest are closed, and it
+// answers again once others have gone.
+TEST(ConnectionsTest, AreFewerThanTheFilesThatMayBeOpen) {
+  const TempFolder folder;
+  Process gateway("/bin/sh", {"-c", "ulimit -n 128 && exec \"$0\" \"$@\"", BinaryPath("tandem-gateway"),
+                              "--engine", "unix:" + folder / "nobody", "--listen", "127.0.0.1:0",
+                              "--grpc-listen", "unix:" + folder / "grpc"});
+  const auto port = gateway.WaitForOutput("HTTP on .*:([0-9]+)");
+  ASSERT_TRUE(port.has_value()) << gateway.Output();
+  EXPECT_THAT(gateway.Output(), HasSubstr("64 connections at a time instead of 16384"));
+  const int number = std::atoi(port->c_str());
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (int i = 0; i < 200; ++i) {
+    clients.push_back(std::make_unique<RawClient>(number));
+    ASSERT_TRUE(clients.back()->connected()) << i;
+    clients.back()->Send("GET /health HTTP/1.1\r\nHost: t\r\n\r\n");
+  }
+  int answered = 0;
+  for (auto& client : clients) answered += client->ReadReply().status == 200 ? 1 : 0;
+  EXPECT_EQ(answered, 64);
+  clients.clear();
+  EXPECT_TRUE(WaitUntil([&] { return RestClient(number).Get("/health").status == 200; }));
+  gateway.Signal(SIGTERM);
+  EXPECT_EQ(gateway.Wait(), 0) << gateway.Output();
+}
+
 }  // namespace
 }  // namespace tandem::integration

@@ -115,6 +115,33 @@ TEST(ServeTest, AnswersHealsAndStops) {
   EXPECT_FALSE(std::filesystem::exists(sockets)) << sockets;
 }
 
+TEST(ServeTest, ASignalToAllOfItsProcessesLetsStreamsFinish) {
+  Server server;
+  ASSERT_TRUE(server.WaitReady());
+  const RestClient rest = server.rest();
+  const Answer undisturbed = rest.Stream(LongQuestion(600));
+  const std::string sockets =
+      server.process().WaitForOutput("engine unix:([^ ]*)/attention.sock").value_or("");
+  bool stopped = false;
+  const Answer answer = rest.Stream(LongQuestion(600), [&](int events) {
+    if (!stopped && events > 10) {
+      stopped = true;
+      // The gateway has no model in its arguments, the others have; children before their parent.
+      EXPECT_EQ(kill(PidOf("tandem-gateway", sockets), SIGTERM), 0);
+      for (const char* name : {"tandem-expert", "tandem-attention", "tandem"}) {
+        EXPECT_EQ(kill(server.Pid(name), SIGTERM), 0) << name;
+      }
+    }
+    return true;
+  });
+  EXPECT_TRUE(stopped);
+  EXPECT_TRUE(answer.ok()) << answer.ToString();
+  EXPECT_EQ(answer.content, undisturbed.content);
+  EXPECT_EQ(server.process().Wait(), 0) << server.process().Output();
+  EXPECT_THAT(server.process().Output(), ::testing::Not(HasSubstr("is back")));
+  EXPECT_TRUE(server.processes().empty());
+}
+
 TEST(ServeTest, SpellingsOfKTransformers) {
   Server server("--gguf_path",
                 {"--model_path", "deepseek-ai/DeepSeek-R1", "--cpu_infer", "2", "--web", "True",

@@ -296,6 +296,21 @@ TEST(StopTest, AttentionFinishesItsSequences) {
   EXPECT_EQ(stack.gateway().Wait(), 0) << stack.gateway().Output();
 }
 
+// As a service manager stops a group: all at the same moment, the experts first.
+TEST(StopTest, AllAtOnceFinishTheirStreams) {
+  Stack stack;
+  ASSERT_TRUE(stack.WaitReady());
+  const RestClient rest = stack.rest();
+  const Answer undisturbed = rest.Stream(LongQuestion(kLongTokens));
+  Process* const all[] = {&stack.expert(), &stack.attention(), &stack.gateway()};
+  const auto stop = [&] {
+    for (Process* process : all) process->Signal(SIGTERM);
+  };
+  ExpectSame(StreamAndStrike(rest, LongQuestion(kLongTokens), stop), undisturbed);
+  for (Process* process : all) EXPECT_EQ(process->Wait(), 0) << process->Output();
+  EXPECT_THAT(stack.expert().Output(), HasSubstr("stopping when the engine is done"));
+}
+
 TEST(StopTest, WhileStarting) {
   // Attention waits for an expert that is not there, the gateway for attention.
   StackOptions options;
