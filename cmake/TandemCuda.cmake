@@ -32,7 +32,7 @@ elseif(TANDEM_CUDA)
   foreach(wanted ${TANDEM_CUDA_ARCHITECTURES})
     string(REGEX REPLACE "^([0-9]+)a?(-real)?$" "\\1" architecture "${wanted}")
     if(NOT known OR known MATCHES "compute_${architecture}[^0-9]")
-      # Products of many columns use warpgroups' matrix instructions on 9.0, which only its own variant "90a" has,
+      # Products of many columns and attention use warpgroups' matrix instructions on 9.0, which only its own variant "90a" has,
       # known to CUDA from 12 on and to CMake from 3.25 on.
       set(machine ${architecture})
       if(architecture STREQUAL "90" AND NOT version MATCHES "release (9|10|11)[.]" AND NOT CMAKE_VERSION VERSION_LESS 3.25)

@@ -33,6 +33,9 @@ constexpr int kSlotValues = 64;          // float4: 8 heads, 32 positions, from 
 constexpr int kSlots = 3 * kWarps;       // of a group
 constexpr int kSmallShared = 99 * 1024;  // what every GPU from compute capability 8.6 on gives a block
 
+// Weights times an int8 cache's scale, as float16: brought away from its smallest numbers.
+constexpr float kWeightUnit = 32.0f;
+
 template <int kLoraOf, int kRopeOf, CacheType kCacheOf>
 struct Shape {
   static constexpr int kLora = kLoraOf, kRope = kRopeOf, kWidth = kLora + kRope;
@@ -53,6 +56,16 @@ struct Shape {
     return buffers * kTileBytes + ExchangeBytes(groups) + 2 * groups * kHeads * 4;
   }
 };
+
+// Two of the four bytes of `word`, which are integers + 128, as float16.
+template <int kFirst, int kSecond>
+__device__ __forceinline__ uint32_t HalfOfBytes(uint32_t word) {
+  // As the low bits of the float16 1024, a byte adds its value.
+  const uint32_t bits = __byte_perm(word, 0x64646464u, 0x4040 | kSecond << 8 | kFirst);
+  const __half2 offset = __half2half2(__ushort_as_half(0x6480));  // 1152
+  const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&bits), offset);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
 
 template <bool kHalf>
 __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -271,7 +284,7 @@ __global__ void __launch_bounds__(kGroups* kWarps * 32, 1) Attend(const Attentio
         packed[n] = Pack<true>(a, b);
       } else {
         packed[n] = Pack<false>(a, b);
-        added += SumOf<false>(packed[n]);
+        added += SumOfBf16(packed[n]);
       }
     }
     sum = fmaf(sum, kept, added);
@@ -532,7 +545,7 @@ cudaError_t LaunchByWarps(const AttentionParams& p, cudaStream_t stream) {
 int SplitsOf(int64_t tokens, bool by_warpgroups) {
   auto of = [&](int64_t length) { return (tokens + length - 1) / length; };
   int64_t n = of(kSplitTokens);
-  // By warpgroups four more strips take less than what combines twice the parts.
+  // By warpgroups 128 positions more take less than what combines twice the parts.
   if (by_warpgroups) n = std::max(std::min<int64_t>(n, 16), of(2 * kSplitTokens));
   return static_cast<int>(std::clamp<int64_t>(n, 1, kMaxSplits));
 }

@@ -15,9 +15,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 // The weights of a softmax are relative to a score that was the largest when it was chosen: another one is
 // chosen only where one is larger by this. Sums are rarely rescaled then.
 constexpr float kSlack = 4.0f;
-// Weights times an int8 cache's scale, as float16: brought away from its smallest numbers.
-constexpr float kWeightUnit = 32.0f;
-
 struct Stretch {
   int begin, end;
 };
@@ -51,25 +48,9 @@ __device__ __forceinline__ uint32_t Pack(float a, float b) {
     return *reinterpret_cast<const uint32_t*>(&v);
   }
 }
-// The sum of both values.
-template <bool kHalf>
-__device__ __forceinline__ float SumOf(uint32_t packed) {
-  if constexpr (kHalf) {
-    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&packed));
-    return v.x + v.y;
-  } else {
-    return __uint_as_float(packed << 16) + __uint_as_float(packed & 0xffff0000u);
-  }
-}
-
-// Two of the four bytes of `word`, which are integers + 128, as float16.
-template <int kFirst, int kSecond>
-__device__ __forceinline__ uint32_t HalfOfBytes(uint32_t word) {
-  // As the low bits of the float16 1024, a byte adds its value.
-  const uint32_t bits = __byte_perm(word, 0x64646464u, 0x4040 | kSecond << 8 | kFirst);
-  const __half2 offset = __half2half2(__ushort_as_half(0x6480));  // 1152
-  const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&bits), offset);
-  return *reinterpret_cast<const uint32_t*>(&v);
+// The sum of two bfloat16.
+__device__ __forceinline__ float SumOfBf16(uint32_t packed) {
+  return __uint_as_float(packed << 16) + __uint_as_float(packed & 0xffff0000u);
 }
 
 }  // namespace tandem::attention::cuda

@@ -20,7 +20,7 @@ struct Shape {
   int32_t width() const { return lora + rope; }
 };
 constexpr Shape kR1{128, 512, 64}, kLite{16, 512, 64}, kDemo{8, 256, 32}, kOdd{40, 512, 64},
-    kWideDemo{48, 256, 32};
+    kUneven{96, 512, 64}, kWideDemo{48, 256, 32};
 
 constexpr CacheType kTypes[] = {kCacheBf16, kCacheInt8};
 
@@ -41,16 +41,18 @@ double Distance(const std::vector<float>& a, const std::vector<float>& b) {
 
 class Attention {
  public:
-  Attention(const Shape& shape, int32_t pages, uint32_t seed, CacheType type = kCacheBf16)
+  Attention(const Shape& shape, int32_t pages, uint32_t seed, CacheType type = kCacheBf16,
+            int32_t page_tokens = kPageTokens)
       : s_(shape),
+        page_tokens_(page_tokens),
         type_(type),
         row_bytes_(CacheRowBytes(type, shape.lora, shape.rope)),
         rng_(seed),
-        host_(std::move(*LatentCache::Create(1, pages, kPageTokens, shape.width()))) {
+        host_(std::move(*LatentCache::Create(1, pages, page_tokens, shape.width()))) {
     std::normal_distribution<float> d;
-    cache_.resize(static_cast<size_t>(pages) * kPageTokens * row_bytes_);
+    cache_.resize(static_cast<size_t>(pages) * page_tokens * row_bytes_);
     std::vector<float> values(s_.width());
-    for (int64_t token = 0; token < int64_t{pages} * kPageTokens; ++token) {
+    for (int64_t token = 0; token < int64_t{pages} * page_tokens; ++token) {
       const float size = std::exp2(d(rng_));
       for (float& v : values) v = size * d(rng_);
       Store(values.data(), cache_.data() + token * row_bytes_, host_.Page(0, 0) + token * s_.width());
@@ -126,7 +128,7 @@ class Attention {
     p.rows.position = d_position.get();
     p.rows.first_page = d_first.get();
     p.rows.pages = d_table.get();
-    p.rows.page_tokens = kPageTokens;
+    p.rows.page_tokens = page_tokens_;
     p.splits = d_splits.get();
     p.first_partial = d_part.get();
     p.query = d_query.get();
@@ -201,6 +203,7 @@ class Attention {
   }
 
   const Shape s_;
+  const int32_t page_tokens_;
   const CacheType type_;
   const int64_t row_bytes_;
   int32_t shared_bytes_ = 0;
@@ -213,7 +216,7 @@ class Attention {
 TEST(CudaAttention, EqualsTheCpuBackendAtManyLengths) {
   TANDEM_NEEDS_GPU();
   for (const CacheType type : kTypes) {
-    for (const Shape& shape : {kLite, kDemo, kOdd, kR1, kWideDemo}) {
+    for (const Shape& shape : {kLite, kDemo, kOdd, kUneven, kR1, kWideDemo}) {
       Attention a(shape, 80, 1, type);
       std::vector<RowAt> rows;
       for (int32_t position : {0, 1, 30, 31, 32, 33, 63, 64, 100, 255, 256, 700})
@@ -246,14 +249,38 @@ TEST(CudaAttention, RowsDoNotSeeWhatIsBehindThem) {
   for (const CacheType type : kTypes) {
     for (const Shape& shape : {kDemo, kOdd}) {
       Attention a(shape, 20, 3, type);
-      const auto queries = a.Queries(2);
-      const std::vector<RowAt> rows = {{20, 0, 1}, {300, 0, 2}};
+      const auto queries = a.Queries(3);
+      const std::vector<RowAt> rows = {{20, 0, 1}, {300, 0, 2}, {300, 0, 1}};
       const auto before = a.OnGpu(rows, queries);
       for (int32_t p = 301; p < 20 * kPageTokens; ++p) {  // NaN in all fields that are not bytes
         const int64_t token = a.table_[p / kPageTokens] * kPageTokens + p % kPageTokens;
         std::fill_n(a.cache_.data() + token * a.row_bytes_, a.row_bytes_, uint8_t{0xff});
       }
       EXPECT_EQ(before, a.OnGpu(rows, queries));
+    }
+  }
+}
+
+TEST(CudaAttention, BrokenEntriesAreSeen) {
+  TANDEM_NEEDS_GPU();
+  for (const CacheType type : kTypes) {
+    for (const Shape& shape : {kDemo, kOdd}) {
+      Attention a(shape, 20, 8, type);
+      std::fill_n(a.cache_.data() + (a.table_[0] * kPageTokens + 5) * a.row_bytes_, a.row_bytes_,
+                  uint8_t{0xff});
+      for (int32_t splits : {1, 2}) {
+        for (float v : a.OnGpu({{300, 0, splits}}, a.Queries(1))) ASSERT_TRUE(std::isnan(v));
+      }
+    }
+  }
+}
+
+TEST(CudaAttention, LargerPages) {
+  TANDEM_NEEDS_GPU();
+  for (const CacheType type : kTypes) {
+    for (const Shape& shape : {kDemo, kOdd}) {
+      Attention a(shape, 12, 9, type, 96);
+      a.ExpectRows({{700, 0, 1}, {700, 1, 3}, {95, 0, 1}, {96, 3, 2}});
     }
   }
 }
@@ -279,11 +306,13 @@ TEST(CudaAttention, RowsOfPaddingAreLeftAlone) {
 }
 
 void TheBitsDependOnNothingElse(CacheType type) {
-  Attention a(kR1, 64, 4, type);
+  Attention a(kR1, 170, 4, type);
   const bool by_warpgroups = WarpgroupsAttend(type, kR1.heads, kR1.lora, kR1.rope);
-  const auto queries = a.Queries(3);
-  const std::vector<RowAt> rows = {
-      {900, 0, SplitsOf(901, by_warpgroups)}, {50, 5, 1}, {1500, 2, SplitsOf(1501, by_warpgroups)}};
+  const auto queries = a.Queries(4);
+  const std::vector<RowAt> rows = {{900, 0, SplitsOf(901, by_warpgroups)},
+                                   {50, 5, 1},
+                                   {1500, 2, SplitsOf(1501, by_warpgroups)},
+                                   {5000, 1, SplitsOf(5001, by_warpgroups)}};
   const auto together = a.OnGpu(rows, queries);
   const size_t a_row = 128 * 512, a_query = 128 * 576;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -308,8 +337,7 @@ void TheBitsDependOnNothingElse(CacheType type) {
     EXPECT_EQ(together, with_less);
     return;
   }
-  EXPECT_NE(together, with_less);  // another kernel's
-  EXPECT_LE(Distance(with_less, together), 6e-3);
+  EXPECT_LE(Distance(with_less, together), 6e-3);  // another kernel's
 }
 
 TEST(CudaAttention, TheBitsDependOnNothingElse) {
@@ -320,10 +348,12 @@ TEST(CudaAttention, TheBitsDependOnNothingElse) {
 TEST(CudaAttention, LargeScoresDoNotOverflow) {
   TANDEM_NEEDS_GPU();
   for (const CacheType type : kTypes) {
-    Attention a(kLite, 30, 5, type);
-    const auto queries = a.Queries(1, 1000);
-    for (int32_t splits : {1, 3}) {
-      for (float v : a.OnGpu({{800, 0, splits}}, queries)) ASSERT_TRUE(std::isfinite(v));
+    for (const Shape& shape : {kLite, kOdd}) {
+      Attention a(shape, 30, 5, type);
+      const auto queries = a.Queries(1, 1000);
+      for (int32_t splits : {1, 3}) {
+        for (float v : a.OnGpu({{800, 0, splits}}, queries)) ASSERT_TRUE(std::isfinite(v));
+      }
     }
   }
 }

@@ -58,7 +58,7 @@ int32_t StepTokens(const model::ModelConfig& c, const CudaBackendOptions& o) {
 }
 
 cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o, int32_t tokens) {
-  return cuda::Workspace(c, tokens, int64_t{o.page_count} * o.page_tokens);
+  return cuda::Workspace(c, TypeOf(o), tokens, int64_t{o.page_count} * o.page_tokens);
 }
 
 cuda::StreamOptions StreamOptionsFor(const model::ModelConfig& c, const CudaBackendOptions& o) {
@@ -119,8 +119,6 @@ class CudaBackend : public Backend {
     page_memory_.Want(&page_staging_, page_bytes());
     TANDEM_RETURN_IF_ERROR(page_memory_.Allocate("pages on their way"));
     frequencies_ = model::RopeFrequencies(c_);
-    work_.by_warpgroups =
-        cuda::WarpgroupsAttend(cache_.type, c_.num_attention_heads, c_.kv_lora_rank, c_.qk_rope_head_dim);
     TANDEM_RETURN_IF_ERROR(work_.Allocate());
     const int64_t rows = std::max<int64_t>(options_.max_step_tokens, GraphRows());
     TANDEM_RETURN_IF_ERROR(
@@ -137,7 +135,6 @@ class CudaBackend : public Backend {
       long_ = std::make_unique<cuda::LongStep>(c_, *weights_, cache_, StepTokens(c_, options_),
                                                int64_t{options_.page_count} * options_.page_tokens,
                                                options_.device);
-      long_->work().by_warpgroups = work_.by_warpgroups;
       TANDEM_RETURN_IF_ERROR(long_->Allocate(StepTokens(c_, options_), Pairs(), options_.page_count));
       cuda::StreamedPrefill::Options s;
       s.when = options_.stream_prefill;
@@ -436,7 +433,7 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<cuda::StepGraph>> Capture(int64_t n, bool greedy) {
     const int64_t longest = int64_t{options_.page_count} * options_.page_tokens;
-    work_.Point(n, Pairs(), options_.page_tokens, cuda::SplitsOf(longest, work_.by_warpgroups));
+    work_.Point(n, Pairs(), options_.page_tokens, work_.SplitsFor(longest));
     return cuda::StepGraph::Capture(stream_, bell_.get(), [&]() -> absl::Status {
       TANDEM_RETURN_IF_ERROR(forward_->Layers(bell_.get(), options_.defer_experts, stream_));
       TANDEM_RETURN_IF_ERROR(forward_->Logits(0, n, stream_));

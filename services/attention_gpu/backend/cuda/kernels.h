@@ -77,9 +77,10 @@ cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream
 cudaError_t LaunchMatMul(const ProductParams& p, cudaStream_t stream);
 // Must be called once for the current device before LaunchMatMul: asks for its shared memory.
 cudaError_t PrepareMatMul();
-// Whether products of many columns are made by warpgroups: on devices of compute capability 9.0, in builds
-// with code for it (90a). Asked once, of the device that is current then: a process uses one kind of device.
-// TANDEM_NO_WARPGROUPS=1 in the environment says no, so that tests cover what other devices run.
+// Whether products of many columns, and attention, are made by warpgroups: on devices of compute
+// capability 9.0, in builds with code for it (90a). Asked once, of the device that is current then: a process
+// uses one kind of device. TANDEM_NO_WARPGROUPS=1 in the environment says no, so that tests cover what other
+// devices run.
 bool CanUseWarpgroups();
 
 // int8 form of rows of float32, and the float16 form.
@@ -217,7 +218,9 @@ struct AttentionParams {
   int32_t heads = 0, lora = 0, rope = 0;
   int32_t most_splits = 1;  // at least that of every row in this call
   CacheType type = kCacheBf16;
-  int32_t shared_bytes = 0;  // a block's shared memory at most, as on a smaller card; 0: what the device has
+  // A block's shared memory at most, as on a smaller card: the kernel of other devices then
+  // (WarpgroupsAttend). 0: what the device has.
+  int32_t shared_bytes = 0;
   // In place of `out` (which rows with one split are still written to) its int8 form, as LaunchQuantize makes
   // it of form_rows rows of which these are form_first and those behind it, all of `heads` heads. Null: none.
   int8_t* q = nullptr;
@@ -227,7 +230,7 @@ struct AttentionParams {
 constexpr int kAttentionTile = 32;  // positions handled together
 constexpr int kSplitTokens = 128;   // the least worth a split
 constexpr int kMaxSplits = 64;
-// Whether a kernel of its own does it, by warpgroups, on the current device (warpgroup_attention.cu).
+// Whether attention of this shape has a kernel by warpgroups on the current device (warpgroup_attention.cu).
 bool WarpgroupsAttend(CacheType type, int64_t heads, int64_t lora, int64_t rope);
 // Splits of a row that sees `tokens` positions, where it is one of few rows.
 int SplitsOf(int64_t tokens, bool by_warpgroups);

@@ -6,17 +6,15 @@
 #include "common/base/status_macros.h"
 #include "services/attention_gpu/backend/cuda/bell_kernels.h"
 #include "services/attention_gpu/backend/cuda/device.h"
+#include "services/attention_gpu/backend/cuda/driver_function.h"
 
 namespace tandem::attention::cuda {
 namespace {
 
 template <typename F>
 absl::Status Resolve(const char* name, F* function) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  // The first version with all of these.
-  const cudaError_t e = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-  if (e != cudaSuccess || result != cudaDriverEntryPointSuccess || found == nullptr) {
+  void* const found = DriverFunction(name);
+  if (found == nullptr) {
     return absl::UnimplementedError(absl::StrCat("the driver has no ", name));
   }
   *function = reinterpret_cast<F>(found);

@@ -26,6 +26,7 @@
 
 #include "services/attention_gpu/backend/cuda/attention_stretch.cuh"
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
+#include "services/attention_gpu/backend/cuda/driver_function.h"
 #include "services/attention_gpu/backend/cuda/mbarrier.cuh"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
 #include "services/attention_gpu/backend/cuda/warpgroup_attention.h"
@@ -203,7 +204,8 @@ struct Multiply {
   }
 
   // A strip's values from row `first` on: what lies behind the stretch may be anything, and its weight of
-  // zero times that NaN.
+  // zero times that NaN. Other warps of this warpgroup may still multiply the keys there, whose scores nobody
+  // uses.
   __device__ __forceinline__ void Clear(int strip, int first) const {
     constexpr int kParts = kLora / 8;
     for (int i = thread; i < (kStrip - first) * kParts; i += kGroupThreads) {
@@ -242,6 +244,8 @@ struct Multiply {
     if ((threadIdx.x & 31) == 0) Arrive(b.Empty(strip));
   }
 
+  // A warpgroup awaits its own strips alone: that the other's is there, it knows from the barrier behind
+  // which the other's weights are.
   __device__ __forceinline__ void Run() const {
     uint32_t held[kHeldPieces * 4][4];
     ReadQueries(held);
@@ -301,7 +305,7 @@ struct Multiply {
                         c = Exp2(fmaf(score[n][2 * h + 1], kLog2E, offset));
             uint32_t& packed = made[n >> 1][(n & 1) * 2 + h];
             packed = Pack<false>(a, c);
-            sum[h] += SumOf<false>(packed);
+            sum[h] += SumOfBf16(packed);
           }
         }
 #pragma unroll
@@ -412,15 +416,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The driver's function that describes a tensor to the copy engine; null where it has none.
 PFN_cuTensorMapEncodeTiled_v12000 Encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                           cudaEnableDefault, &found);
-    return e == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
-               : nullptr;
-  }();
+  static const auto encoder =
+      reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(DriverFunction("cuTensorMapEncodeTiled"));
   return encoder;
 }
 

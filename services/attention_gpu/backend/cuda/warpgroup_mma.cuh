@@ -14,10 +14,10 @@ namespace tandem::attention::cuda {
 
 #ifdef TANDEM_WARPGROUP_CODE
 
-// A float16 matrix in shared memory, rows of 64 inputs (128 bytes) one after the other, sixteen bytes p of
-// row r at place p ^ (r & 7) of the row; `address` is a multiple of 1024, plus 32 for each 16 inputs further
-// on. (PTX ISA, "Matrix-Descriptor Format": swizzle of 128 bytes, 1024 bytes from eight rows to the next
-// eight.)
+// A matrix of two-byte values in shared memory, rows of 64 inputs (128 bytes) one after the other, sixteen
+// bytes p of row r at place p ^ (r & 7) of the row; `address` is a multiple of 1024, plus 32 for each 16
+// inputs further on. (PTX ISA, "Matrix-Descriptor Format": swizzle of 128 bytes, 1024 bytes from eight rows
+// to the next eight.)
 __device__ __forceinline__ uint64_t SharedMatrix(uint32_t address) {
   return uint64_t{address >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint64_t SharedMatrixOfColumns(uint32_t address) {
 }
 
 // Ordinary writes of this thread to shared memory before it are seen by products that begin behind the next
-// barrier.
+// barrier, and come before what the copy engine writes there when it is told to behind one.
 __device__ __forceinline__ void ShowToWarpgroups() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
