@@ -56,7 +56,7 @@ absl::Status LongStep::Begin(const StepBatch& batch, std::span<const float> freq
                              Experts experts) {
   if (active()) return absl::FailedPreconditionError("a long step is under way");
   batch_ = batch;
-  const absl::Status laid_out = work_.LayOut(batch_, frequencies, page_tokens, stream_);
+  absl::Status laid_out = work_.LayOut(batch_, frequencies, page_tokens, stream_);
   if (!laid_out.ok()) {
     cudaStreamSynchronize(stream_);
     return laid_out;
