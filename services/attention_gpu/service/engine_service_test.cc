@@ -120,7 +120,13 @@ TEST_F(EngineServiceTest, AReaderThatFallsBehindIsCutOff) {
   v1::GenerateRequest request = Request(3, kContext - 10);
   request.set_top_logprobs(20);  // so that what fits the connection's window is soon full
   const std::vector<int32_t> prompt(request.prompt_tokens().begin(), request.prompt_tokens().end());
-  auto reader = stub_->Generate(&context, request);
+  // A window that stays small: gRPC widens it where it finds the connection fast, up to all of this answer.
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 65536);
+  const auto stub = v1::Engine::NewStub(
+      grpc::CreateCustomChannel("unix:" + path_, grpc::InsecureChannelCredentials(), arguments));
+  auto reader = stub->Generate(&context, request);
   WaitUntilIdle();
   std::vector<int32_t> tokens;
   v1::GenerateEvent e;
