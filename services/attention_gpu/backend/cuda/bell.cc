@@ -17,6 +17,7 @@ namespace tandem::attention::cuda {
 namespace {
 
 constexpr auto kLook = std::chrono::milliseconds(50);  // of the watchdog
+constexpr int kIdleLooks = 10;                         // without a run, after which it sleeps
 
 static_assert(sizeof(WireRequest) <= sizeof(shm::RequestHeader) &&
               offsetof(WireRequest, epoch) == offsetof(shm::RequestHeader, epoch) &&
@@ -177,22 +178,24 @@ absl::Status Bell::Attach(DeviceCalls* calls) {
   return absl::OkStatus();
 }
 
-absl::Status Bell::Begin(uint64_t calls, cudaStream_t stream) {
+absl::Status Bell::Begin(uint64_t calls) {
   if (calls_ == nullptr) return absl::UnavailableError("the experts are not attached");
   TANDEM_ASSIGN_OR_RETURN(first_, calls_->BeginRun(calls));
   run_calls_ = calls;
   ++run_;
+  // The run's first request fetches them.
   for (size_t i = 0; i < rings_.size(); ++i) host_states_[i] = {slots_[i], rings_[i].epoch, first_[i], run_};
   *failed_ = 0;
   *stop_ = 0;
+  bool asleep;
   {
     const std::lock_guard lock(mutex_);
     running_ = true;
+    watched_run_ = run_;
+    asleep = std::exchange(asleep_, false);
   }
-  changed_.notify_all();
-  return ToStatus(cudaMemcpyAsync(states_, host_states_, rings_.size() * sizeof(RingState),
-                                  cudaMemcpyHostToDevice, stream),
-                  "the bell");
+  if (asleep) changed_.notify_all();
+  return absl::OkStatus();
 }
 
 uint64_t Bell::CallsOf(int64_t layers, int32_t defer) {
@@ -217,7 +220,8 @@ absl::Status Bell::AskFor(const RoutedCall& call, AskPart part, uint32_t index, 
   p.part = part;
   p.defer = call.defer;
   p.defers = call.defers;
-  p.rings = states_;
+  p.rings = index == 0 ? host_states_ : states_;
+  p.keep = index == 0 ? states_ : nullptr;
   p.count = static_cast<int32_t>(rings_.size());
   p.at = at_;
   p.index = index;
@@ -345,28 +349,34 @@ absl::Status Bell::Finish(bool made_all, const absl::Status& why) {
 }
 
 void Bell::Watch() {
-  uint64_t seen = 0;
+  uint64_t run = 0, seen = 0;
   absl::Time since;
-  bool looking = false, late = false;
+  bool late = false;
+  int idle = 0;
   std::unique_lock lock(mutex_);
   while (!ending_) {
-    if (!running_) {
-      looking = late = false;
-      changed_.wait(lock, [this] { return ending_ || running_; });
+    if (!running_ && ++idle > kIdleLooks) {
+      asleep_ = true;
+      changed_.wait(lock, [this] { return ending_ || !asleep_; });
+      idle = 0;
       continue;
     }
-    const uint64_t progress = calls_->Progress();
-    const absl::Time now = absl::Now();
-    if (!late && (!looking || progress != seen)) {
-      looking = true;
-      seen = progress;
-      since = now;
-    } else if (late || now - since > calls_->call_timeout()) {
-      late = true;  // until the run ends
-      shm::WriteOnce(*stop_, 1U);
-      calls_->Abort(absl::DeadlineExceededError("no answer in time"));
+    if (running_) {
+      idle = 0;
+      const uint64_t progress = calls_->Progress();
+      const absl::Time now = absl::Now();
+      if (run != watched_run_ || (!late && progress != seen)) {
+        run = watched_run_;
+        late = false;
+        seen = progress;
+        since = now;
+      } else if (late || now - since > calls_->call_timeout()) {
+        late = true;  // until the run ends
+        shm::WriteOnce(*stop_, 1U);
+        calls_->Abort(absl::DeadlineExceededError("no answer in time"));
+      }
     }
-    // Long looks cost nothing; the end of a run need not wake this thread.
+    // Long looks cost nothing; neither the end of a run nor the next one's beginning need wake this thread.
     changed_.wait_for(lock, kLook, [this] { return ending_; });
   }
 }
@@ -392,7 +402,7 @@ absl::StatusOr<Bell::RoundTrip> Bell::Measure(uint64_t calls, int graphs, cudaSt
   for (int i = 0; i < graphs && status.ok(); ++i) {
     const double cpu = ThreadSeconds();
     const absl::Time begin = absl::Now();
-    status = Begin(calls, stream);
+    status = Begin(calls);
     if (!status.ok()) break;
     status = Renew(exec, nodes);
     if (status.ok()) status = ToStatus(cudaGraphLaunch(exec, stream), "the bell's probe");

@@ -60,17 +60,31 @@ __device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
   return deferred == (p.part == AskPart::kDeferred);
 }
 
+// The rings, from where the host has written them if this is the run's first call. For all threads.
+__device__ __forceinline__ const RingState* RingsOf(const AskParams& p) {
+  constexpr int kWords = sizeof(RingState) / 8;
+  __shared__ uint64_t fetched[kMostRings * kWords];
+  if (p.keep == nullptr) return p.rings;
+  for (int i = static_cast<int>(threadIdx.x); i < p.count * kWords; i += kThreads) {
+    fetched[i] = LoadOnce(reinterpret_cast<const uint64_t*>(p.rings) + i);
+    if (blockIdx.x == 0) reinterpret_cast<uint64_t*>(p.keep)[i] = fetched[i];
+  }
+  __syncthreads();
+  return reinterpret_cast<const RingState*>(fetched);
+}
+
 // What comes behind it begins only with its end: its first weights would stand in the way of what the routing
 // reads, and nobody waits for what is computed beside the experts.
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   AwaitEarlier();
+  const RingState* const rings = RingsOf(p);
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = thread; i < values; i += threads) {
     const float4 v = reinterpret_cast<const float4*>(p.normed)[i];
     for (int r = 0; r < p.count; ++r) {
-      uint8_t* to = SlotOf(p.rings[r], p.at, p.index) + p.at.input;
+      uint8_t* to = SlotOf(rings[r], p.at, p.index) + p.at.input;
       if (p.float_input) {
         reinterpret_cast<float4*>(to)[i] = v;
       } else {
@@ -81,13 +95,13 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   for (int64_t i = thread; i < pairs; i += threads) {
     const bool asked = Asked(p, i);
     for (int r = 0; r < p.count; ++r) {
-      uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
+      uint8_t* slot = SlotOf(rings[r], p.at, p.index);
       reinterpret_cast<int32_t*>(slot + p.at.ids)[i] = asked ? p.ids[i] : -1;
       reinterpret_cast<float*>(slot + p.at.weights)[i] = asked ? p.weights[i] : 0.0f;
     }
   }
   if (thread < p.count) {
-    const RingState& ring = p.rings[thread];
+    const RingState& ring = rings[thread];
     WireRequest& to = *reinterpret_cast<WireRequest*>(SlotOf(ring, p.at, p.index) + p.at.request);
     to.sequence = ring.first + p.index;
     to.epoch = ring.epoch;
@@ -104,8 +118,8 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   if (threadIdx.x != 0 || atomicAdd(p.blocks_done, 1) != gridDim.x - 1) return;
   *p.blocks_done = 0;
   for (int r = 0; r < p.count; ++r) {
-    StoreRelease(SlotOf(p.rings[r], p.at, p.index) + p.at.bell,
-                 static_cast<uint32_t>(p.rings[r].first) + p.index);
+    StoreRelease(SlotOf(rings[r], p.at, p.index) + p.at.bell,
+                 static_cast<uint32_t>(rings[r].first) + p.index);
   }
 }
 
@@ -174,11 +188,13 @@ __device__ bool AllAnswered(const AnswerParams& p) {
 }
 
 // Answers are waited for and fetched while the kernels in front are still at work: nothing on the device
-// writes them. What comes next begins only when they are there: until then the device's processors are for
+// writes them, nor, but for the run's first call, `rings` (what wrote those has ended before the last Ask
+// did). What comes next begins only when they are there: until then the device's processors are for
 // others; and all blocks have read `seen` then.
 __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   __shared__ int good;
-  if (!p.wait) AwaitEarlier();  // somebody in front has waited
+  const bool early = p.wait && p.index > 0;  // without `wait` somebody in front has waited
+  if (!early) AwaitEarlier();
   if (threadIdx.x == 0) good = AllAnswered(p) ? 1 : 0;
   __syncthreads();
   LetNextBegin();
@@ -187,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   float4 ahead = make_float4(0, 0, 0, 0);
   if (thread < values) ahead = AnswerAt(p, thread);
-  if (p.wait) AwaitEarlier();
+  if (early) AwaitEarlier();
   for (int64_t i = thread; i < values; i += threads) {
     const float4 sum = i == thread ? ahead : AnswerAt(p, i);
     float4& x = reinterpret_cast<float4*>(p.x)[i];

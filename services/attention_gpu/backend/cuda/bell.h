@@ -71,7 +71,7 @@ class Bell : public RoutedExperts {
   // A run: Begin, then for each of its layers Ask and Add on `stream` (directly, or by a graph that was
   // captured from such calls), then, when the stream has come to its end, Finish. Where layers defer, the
   // regions have kDeferralSlots slots.
-  absl::Status Begin(uint64_t calls, cudaStream_t stream);
+  absl::Status Begin(uint64_t calls);
   absl::Status Ask(const RoutedCall& call, cudaStream_t stream) override;
   absl::Status Add(const RoutedCall& call, cudaStream_t stream) override;
   // `made_all`: all calls were put on the stream. Unavailable: a process was lost; any other error is a
@@ -137,6 +137,8 @@ class Bell : public RoutedExperts {
   std::condition_variable changed_;
   bool ending_ = false;
   bool running_ = false;
+  uint64_t watched_run_ = 0;  // run_
+  bool asleep_ = false;       // the watchdog, until it is told
   std::thread watchdog_;
 };
 

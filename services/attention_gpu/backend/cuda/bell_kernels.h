@@ -43,6 +43,8 @@ enum class AskPart : int32_t { kAll, kDue, kDeferred };
 
 struct AskParams {
   const RingState* rings = nullptr;  // [count]
+  // For the first call of a run: `rings` is page-locked host memory and is copied here, for all that follow.
+  RingState* keep = nullptr;
   int32_t count = 0;
   SlotOffsets at;
   uint32_t index = 0;  // of the call in the run
@@ -64,7 +66,7 @@ struct AskParams {
 cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream);
 
 struct AnswerParams {
-  const RingState* rings = nullptr;
+  const RingState* rings = nullptr;  // AskParams::keep of the run's first call
   int32_t count = 0;
   SlotOffsets at;
   uint32_t index = 0;

@@ -134,7 +134,7 @@ class BellTest : public ::testing::TestWithParam<BellKind> {
   }
   // A run that is put on the stream directly, or by the graph.
   absl::Status Run(Bell& bell, int64_t layers, int64_t n, StepGraph* graph = nullptr, int32_t defer = 0) {
-    absl::Status s = bell.Begin(Bell::CallsOf(layers, defer), stream_);
+    absl::Status s = bell.Begin(Bell::CallsOf(layers, defer));
     if (!s.ok()) return s;
     s = graph != nullptr ? graph->Launch(stream_) : Put(bell, layers, n, defer);
     s.Update(ToStatus(cudaStreamSynchronize(stream_), "the run"));
@@ -301,7 +301,7 @@ TEST_P(BellTest, TheGpuGoesOnWhileADeferredCallIsWorkedOn) {
   Clear();
   const std::vector<int32_t> all(kMostRows, 1);
   Upload(defers_, all);
-  ASSERT_TRUE(bell->Begin(Bell::CallsOf(4, 1), stream_).ok());
+  ASSERT_TRUE(bell->Begin(Bell::CallsOf(4, 1)).ok());
   for (int64_t i = 0; i < 4; ++i) {
     RoutedCall call = Call(i, 1, i);
     call.normed = x_;  // each layer sends what the layers before have made of x
@@ -324,7 +324,7 @@ TEST_P(BellTest, AnErrorOfTheHostIsToldAndTheNextRunWorks) {
   Peers peers(1, kShape, AnswerAll);
   const auto bell = Open(peers);
   ASSERT_NE(bell, nullptr);
-  ASSERT_TRUE(bell->Begin(2, stream_).ok());
+  ASSERT_TRUE(bell->Begin(2).ok());
   ASSERT_TRUE(bell->Ask(Call(0, kMostRows, 99), stream_).ok());
   ASSERT_TRUE(bell->Add(Call(0, kMostRows, 99), stream_).ok());
   ASSERT_TRUE(bell->Ask(Call(1, kMostRows, 99), stream_).ok());

@@ -88,8 +88,11 @@ class CudaBackend : public Backend {
     if (stream_ != nullptr) cudaStreamSynchronize(stream_);
     if (graph_steps_ > 0) {
       spdlog::info(
-          "GPU: {} steps as graphs, {:.0f} us of host CPU to launch one, {} steps launched one by one",
-          graph_steps_, 1e6 * graph_cpu_seconds_ / static_cast<double>(graph_steps_), launched_steps_);
+          "GPU: {} steps as graphs, {:.0f} us of host CPU to launch one, {:.0f} for the whole of one that was "
+          "slept through; {} steps launched one by one",
+          graph_steps_, 1e6 * launch_cpu_seconds_ / static_cast<double>(graph_steps_),
+          1e6 * slept_cpu_seconds_ / static_cast<double>(std::max<uint64_t>(slept_steps_, 1)),
+          launched_steps_);
     }
     ForgetGraphs();
     bell_.reset();  // before the regions go
@@ -203,22 +206,15 @@ class CudaBackend : public Backend {
     // The caller's thread may be another one than Init's.
     TANDEM_RETURN_IF_ERROR(ToStatus(cudaSetDevice(options_.device), "the GPU"));
     const double cpu = ThreadSeconds();
-    TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
+    TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens));
     const bool bell = bell_ != nullptr && !batch.want_logits && n <= bell_->max_tokens();
-    const absl::StatusOr<cuda::StepGraph*> chosen = GraphFor(batch);
-    absl::Status status = chosen.status();
-    const int32_t defer = Defer(batch, status.ok() && *chosen != nullptr);
-    if (status.ok() && bell) {
-      status = bell_->Begin(cuda::Bell::CallsOf(c_.num_moe_layers(), defer), stream_);
-    }
-    if (!status.ok()) {
-      cudaStreamSynchronize(stream_);  // the description is on its way
-      return status;
-    }
-    cuda::StepGraph* const graph = *chosen;
-    status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, defer, result);
+    TANDEM_ASSIGN_OR_RETURN(cuda::StepGraph* const graph, GraphFor(batch));
+    const int32_t defer = Defer(batch, graph != nullptr);
+    if (bell) TANDEM_RETURN_IF_ERROR(bell_->Begin(cuda::Bell::CallsOf(c_.num_moe_layers(), defer)));
+    absl::Status status = graph != nullptr ? graph->Launch(stream_) : LaunchAll(batch, bell, defer, result);
     const double launched = ThreadSeconds();
     // Whatever is still on its way uses the buffers of this step.
+    const bool slept = graph != nullptr && last_graph_ > kWorthSleeping;
     status.Update(Drain(graph));
     if (bell) {
       const absl::Status finished = bell_->Finish(status.ok(), status);
@@ -227,7 +223,11 @@ class CudaBackend : public Backend {
     if (status.ok() && graph != nullptr) ReadRows(batch, work_, 0, n, result);
     if (graph != nullptr) {
       ++graph_steps_;
-      graph_cpu_seconds_ += launched - cpu;
+      launch_cpu_seconds_ += launched - cpu;
+      if (slept) {
+        ++slept_steps_;
+        slept_cpu_seconds_ += ThreadSeconds() - cpu;
+      }
     } else {
       ++launched_steps_;
     }
@@ -460,8 +460,7 @@ class CudaBackend : public Backend {
         ForgetGraphs();
       }
       // Capturing has pointed the workspace elsewhere.
-      TANDEM_RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream_), "a step on the GPU"));
-      TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens, stream_));
+      TANDEM_RETURN_IF_ERROR(work_.LayOut(batch, frequencies_, options_.page_tokens));
       if (graphs_.empty()) return nullptr;
     }
     TANDEM_RETURN_IF_ERROR(StageRows(batch, work_, 0, static_cast<int64_t>(n)));
@@ -581,8 +580,9 @@ class CudaBackend : public Backend {
   absl::Duration last_graph_;
   bool used_ = false;  // a step has written to the cache
   std::vector<float> frequencies_;
-  uint64_t graph_steps_ = 0, launched_steps_ = 0;
-  double graph_cpu_seconds_ = 0;  // of the calling threads, until a graph was launched
+  uint64_t graph_steps_ = 0, slept_steps_ = 0, launched_steps_ = 0;
+  // Of the calling threads: in steps as graphs until those were launched; in all of those slept through.
+  double launch_cpu_seconds_ = 0, slept_cpu_seconds_ = 0;
 };
 
 absl::Status CheckShape(const model::ModelConfig& c, const CudaBackendOptions& o) {

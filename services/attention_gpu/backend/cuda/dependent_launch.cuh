@@ -3,8 +3,10 @@
 // A step is a chain of some twenty short kernels a layer: what costs time between them is the end of one, the
 // launch of the next and the way to its first weights. A kernel launched by LaunchEarly is brought onto the
 // device when all blocks of the one in front have called LetNextBegin or ended. Until AwaitEarlier it may
-// read what no kernel writes, and weights are that (LaunchDown says what else); behind it everything earlier
-// on the stream is done and seen.
+// read what no kernel writes, and weights are that (LaunchDown says what else), and the step's description:
+// what brings it (LaunchFetch) and the embedding behind it are launched the ordinary way, so that the first
+// kernel launched early begins when it is there. Behind AwaitEarlier everything earlier on the stream is done
+// and seen.
 //
 // Every kernel launched so calls AwaitEarlier in some thread of each grid, also where it has no work: then
 // the end of a kernel means the end of all before it. What a kernel in front writes must not be read through

@@ -33,6 +33,7 @@ absl::Status Forward::ForPieces(int64_t rows, const F& f) const {
 
 absl::Status Forward::Layers(RoutedExperts* experts, int32_t defer, cudaStream_t stream) {
   stream_ = stream;
+  TANDEM_RETURN_IF_ERROR(work_.Fetch(stream_));
   TANDEM_RETURN_IF_ERROR(
       ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
   for (int64_t layer = 0; layer < c_.num_hidden_layers; ++layer) {

@@ -108,6 +108,18 @@ struct RepackParams {
 };
 cudaError_t LaunchRepack(const RepackParams& p, cudaStream_t stream);
 
+// Words of 4 bytes from page-locked host memory to the device: the first `words`, and as many more as the
+// word at `more` says. Both sides are aligned to 16 bytes and have room for `room` words, a multiple of 4, of
+// which others than those may be copied, too.
+struct FetchParams {
+  const uint32_t* from = nullptr;
+  uint32_t* to = nullptr;
+  int64_t words = 0;
+  int64_t more = 0;
+  int64_t room = 0;
+};
+cudaError_t LaunchFetch(const FetchParams& p, cudaStream_t stream);
+
 // out[i, :] = row ids[i] of w.
 struct EmbedParams {
   DeviceMatrix w;

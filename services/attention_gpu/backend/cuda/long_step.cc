@@ -56,11 +56,7 @@ absl::Status LongStep::Begin(const StepBatch& batch, std::span<const float> freq
                              Experts experts) {
   if (active()) return absl::FailedPreconditionError("a long step is under way");
   batch_ = batch;
-  absl::Status laid_out = work_.LayOut(batch_, frequencies, page_tokens, stream_);
-  if (!laid_out.ok()) {
-    cudaStreamSynchronize(stream_);
-    return laid_out;
-  }
+  TANDEM_RETURN_IF_ERROR(work_.LayOut(batch_, frequencies, page_tokens));
   drop_ = false;
   result_.reset();
   thread_ = std::thread([this, experts = std::move(experts)] {

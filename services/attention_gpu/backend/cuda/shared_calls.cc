@@ -47,7 +47,7 @@ absl::Status SharedCalls::Ask(const RoutedCall& call, const std::vector<bool>& s
     if (shared[e]) p.keep[e / 32] |= uint32_t{1} << e % 32;
   }
   TANDEM_RETURN_IF_ERROR(ToStatus(LaunchKeepExperts(p, stream), "calls beside streamed experts"));
-  TANDEM_RETURN_IF_ERROR(bell_->Begin(1, stream));
+  TANDEM_RETURN_IF_ERROR(bell_->Begin(1));
   open_ = true;
   added_ = false;
   RoutedCall one = call;

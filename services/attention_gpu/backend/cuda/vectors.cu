@@ -1,5 +1,7 @@
 // Kernels over rows of values: norms, activation forms, SiLU, embedding, and the order of blocks in memory.
 
+#include <algorithm>
+
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/int8_form.cuh"
@@ -10,6 +12,7 @@ namespace tandem::attention::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kFetchThreads = 2048;  // 32 KB at once
 unsigned Blocks(int64_t work) { return static_cast<unsigned>((work + kThreads - 1) / kThreads); }
 
 __global__ void __launch_bounds__(kThreads) Quantize(const QuantizeParams p) {
@@ -144,6 +147,25 @@ struct FloatRow {
 
 __global__ void Probe() {}
 
+// What is in all blocks' first reach is on its way together with the word that says how much there is.
+__global__ void __launch_bounds__(kThreads) Fetch(const FetchParams p) {
+  const auto read = [&](int64_t i) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p.from + 4 * i));
+    return v;
+  };
+  const int64_t room = p.room / 4, threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= room) return;
+  const uint4 first = read(i);
+  const uint32_t more = *(static_cast<const volatile uint32_t*>(p.from) + p.more);
+  const int64_t all = (p.words + more + 3) / 4, end = all < room ? all : room;
+  reinterpret_cast<uint4*>(p.to)[i] = first;
+  for (i += threads; i < end; i += threads) reinterpret_cast<uint4*>(p.to)[i] = read(i);
+}
+
 __global__ void __launch_bounds__(kThreads) Embed(const EmbedParams p) {
   const int64_t chunks = p.w.cols >> 5;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -236,6 +258,14 @@ cudaError_t LaunchSiluMul(const SiluMulParams& p, cudaStream_t stream) {
 cudaError_t LaunchAdd(float* x, const float* delta, int64_t n, cudaStream_t stream) {
   if (n <= 0) return cudaSuccess;
   Add<<<Blocks(n), kThreads, 0, stream>>>(x, delta, n);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchFetch(const FetchParams& p, cudaStream_t stream) {
+  if (p.words < 0 || p.more < 0 || p.more >= p.room || p.words > p.room || p.room % 4 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  Fetch<<<Blocks(std::min(p.room / 4, kFetchThreads)), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -113,6 +113,26 @@ TEST(CudaVectors, SiluMulInPlace) {
   EXPECT_EQ(q.Download(), want_q.Download());
 }
 
+// What is written down for a step: a part that is always there, the count of the rest, the rest.
+TEST(CudaVectors, FetchBringsWhatTheHostHasWritten) {
+  TANDEM_NEEDS_GPU();
+  constexpr int64_t kWords = 73, kRoom = 40000;
+  uint32_t* from = nullptr;
+  Check(cudaMallocHost(reinterpret_cast<void**>(&from), kRoom * 4));
+  const DeviceArray<uint32_t> to(kRoom);
+  uint32_t value = 0;
+  for (const uint32_t more : {0, 1, 2, 3, 4, 1000, 8118, 8119, 8120, 8121, 30000, 39927}) {
+    for (int64_t i = 0; i < kRoom; ++i) from[i] = ++value;
+    from[kWords - 1] = more;
+    Check(LaunchFetch({from, to.get(), kWords, kWords - 1, kRoom}, nullptr));
+    const std::vector<uint32_t> got = to.Download();
+    EXPECT_TRUE(std::equal(from, from + kWords + more, got.begin())) << more;
+  }
+  EXPECT_EQ(LaunchFetch({from, to.get(), kWords, kRoom, kRoom}, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(LaunchFetch({from, to.get(), kRoom + 4, 0, kRoom}, nullptr), cudaErrorInvalidValue);
+  Check(cudaFreeHost(from));
+}
+
 TEST(CudaVectors, EmbeddingDecodesEveryType) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(3);

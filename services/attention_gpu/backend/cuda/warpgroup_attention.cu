@@ -108,19 +108,25 @@ struct Strips {
     const int page_tokens = b.p.rows.page_tokens;
     return static_cast<int64_t>(page) * page_tokens + (b.stretch.begin + strip * kStrip) % page_tokens;
   }
+  __device__ __forceinline__ void AskFor(int page, int strip) const {
+    PrefetchToL2(static_cast<const unsigned char*>(b.p.cache) + RowOf(page, strip) * kRowBytes,
+                 kStrip * kRowBytes);
+  }
   // To the L2 cache, by threads 0, 1, ...: only that is allowed before what writes the rows has ended.
   __device__ __forceinline__ void AskForFirst(int thread) const {
     if (thread >= min(b.strips, kStrips)) return;
-    PrefetchToL2(static_cast<const unsigned char*>(b.p.cache) + RowOf(PageOf(thread), thread) * kRowBytes,
-                 kStrip * kRowBytes);
+    AskFor(PageOf(thread), thread);
   }
 
-  // All of them into shared memory, by one thread and the copy engine. `map`: of the cache (MapOf).
+  // All of them into shared memory, by one thread and the copy engine. `map`: of the cache (MapOf). Of those
+  // whose place is not free yet, the block of the first or of the second heads asks, by turns, for the L2
+  // cache: all blocks of a row read them.
   __device__ __forceinline__ void Fetch(const void* map) const {
     ShowToCopyEngine();
     int page = PageOf(0), next_page = PageOf(1);
     for (int strip = 0; strip < b.strips; ++strip) {
       const int page_after = PageOf(strip + 2);
+      if (strip > 0 && strip + 2 < b.strips && ((strip ^ blockIdx.x) & 1) == 0) AskFor(page_after, strip + 2);
       if (strip >= kStrips) AwaitPhase(b.Empty(strip), b.PhaseOf(strip) - 1);
       ArriveExpecting(b.Full(strip), kStripBytes);
 #pragma unroll

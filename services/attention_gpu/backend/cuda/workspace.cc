@@ -84,7 +84,8 @@ Workspace::Places Workspace::PlacesOf(int64_t n, int64_t pairs) {
   at.part = at.split + n;
   at.want = at.part + n;
   at.made = at.want + n;
-  at.table = at.made + n;
+  at.pages = at.made + n;
+  at.table = at.pages + 1;
   return at;
 }
 
@@ -96,7 +97,7 @@ absl::Status Workspace::Reserve(int64_t rows, int64_t pairs, int64_t pages) {
   host_words_ = device_words_ = nullptr;
   words_ = 0;
   ++generation_;
-  words += words / 2;
+  words = (words + words / 2 + 3) / 4 * 4;
   TANDEM_RETURN_IF_ERROR(
       ToStatus(cudaMallocHost(reinterpret_cast<void**>(&host_words_), words * 4), "page tables"));
   TANDEM_RETURN_IF_ERROR(
@@ -106,6 +107,7 @@ absl::Status Workspace::Reserve(int64_t rows, int64_t pairs, int64_t pages) {
 }
 
 void Workspace::PointAt(const Places& at, int32_t page_tokens) {
+  places_ = at;
   auto ints = [&](int64_t place) { return reinterpret_cast<const int32_t*>(device_words_ + place); };
   tokens = ints(at.token);
   rows.position = ints(at.position);
@@ -135,7 +137,7 @@ StepRows Workspace::RowsFrom(int64_t row) const {
 }
 
 absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> frequencies,
-                               int32_t page_tokens, cudaStream_t stream) {
+                               int32_t page_tokens) {
   n = static_cast<int64_t>(batch.tokens.size());
   const auto pairs = static_cast<int64_t>(frequencies.size());
   int64_t pages = 0;
@@ -156,6 +158,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   int32_t* const table = ints(at_word.table);
 
   std::copy(batch.tokens.begin(), batch.tokens.end(), token);
+  *ints(at_word.pages) = static_cast<int32_t>(pages);
   int32_t at = 0;
   for (const StepSequence& s : batch.sequences) {
     const int32_t count = (s.position + s.count + page_tokens - 1) / page_tokens;
@@ -222,8 +225,11 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
   std::copy(wanted.begin(), wanted.end(), want);
 
   PointAt(at_word, page_tokens);
-  return ToStatus(cudaMemcpyAsync(device_words_, host_words_, (at_word.table + pages) * 4,
-                                  cudaMemcpyHostToDevice, stream),
+  return absl::OkStatus();
+}
+
+absl::Status Workspace::Fetch(cudaStream_t stream) const {
+  return ToStatus(LaunchFetch({host_words_, device_words_, places_.table, places_.pages, words_}, stream),
                   "the description of a step");
 }
 

@@ -40,11 +40,12 @@ class Workspace {
   absl::Status Allocate();
   ~Workspace();
 
-  // Brings the batch's tokens, positions, pages and angles to the device, on `stream`. Rows of sequences that
-  // have one token in the step are split by their position (SplitsFor), others not at all. The call before
-  // must have finished on the device.
-  absl::Status LayOut(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens,
-                      cudaStream_t stream);
+  // Writes down the batch's tokens, positions, pages and angles for Fetch. Rows of sequences that have one
+  // token in the step are split by their position (SplitsFor), others not at all. What has fetched the ones
+  // before must have finished on the device.
+  absl::Status LayOut(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens);
+  // Brings to the device what LayOut has written, as it is then: `stream` may be captured after Point.
+  absl::Status Fetch(cudaStream_t stream) const;
   // Points everything at where LayOut puts it for a step of `n` rows, all sampled, one range: for a graph,
   // which stays good as long as `generation` does not change.
   void Point(int64_t n, int64_t pairs, int32_t page_tokens, int32_t most_splits);
@@ -64,7 +65,7 @@ class Workspace {
   uint64_t scratch_bytes() const { return scratch_bytes_; }
   StepRows RowsFrom(int64_t row) const;
 
-  // What LayOut made. Device memory.
+  // What LayOut made and Fetch brought. Device memory.
   int64_t n = 0;
   StepRows rows;
   const int32_t* tokens = nullptr;
@@ -106,7 +107,7 @@ class Workspace {
   // The parts of the description, in 4-byte words from its beginning.
   struct Places {
     int64_t angle = 0, token = 0, position = 0, first_page = 0, split = 0, part = 0, want = 0, made = 0,
-            table = 0;
+            pages = 0, table = 0;
   };
   static Places PlacesOf(int64_t n, int64_t pairs);
   void PointAt(const Places& places, int32_t page_tokens);
@@ -122,7 +123,8 @@ class Workspace {
   // The description of the step, 4-byte words, on both sides; grows with the page tables.
   uint32_t* host_words_ = nullptr;
   uint32_t* device_words_ = nullptr;
-  int64_t words_ = 0;
+  int64_t words_ = 0;  // a multiple of 4
+  Places places_;
 };
 
 }  // namespace tandem::attention::cuda
