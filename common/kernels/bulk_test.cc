@@ -69,7 +69,8 @@ struct Tokens {
 struct Sums {
   Sums(const Matrix& w, const Tokens& x, int64_t begin, int64_t end) : tiles(x.tiles), row_begin(begin) {
     values.Resize(BulkSums(x.tiles, end - begin));
-    BulkMatMul(w, begin, end, x.words.data(), x.tiles, values.data(), {&w, begin, end, x.n});
+    BulkMatMul(w, begin, end, x.words.data(), x.tiles, values.data(),
+               {{&w, begin, end, 0}, x.words.data(), x.tiles});
   }
   float At(int64_t row, int64_t token) const {
     const int64_t r = row - row_begin;
@@ -114,13 +115,14 @@ TEST_P(Bulk, AgreesWithDoubleSums) {
   }
 }
 
+// The many tokens are passed a unit of columns at a time, the few a block of rows at a time.
 TEST_P(Bulk, AResultDependsOnItsRowAndTokenAlone) {
   std::mt19937 rng(402);
-  const int64_t rows = 224, cols = 1280, n = 70;
+  const int64_t rows = 224, cols = 1280, n = 300;
   Weights w = QuantizedGaussian(rng, type(), rows, cols);
   const std::vector<float> x = Gaussian(rng, n * cols);
   const Sums all(w.m, Tokens(type(), x, n, cols), 0, rows);
-  for (const int64_t some : {1, 16, 20, 40}) {
+  for (const int64_t some : {1, 16, 20, 40, 290}) {
     const std::vector<float> last(x.end() - some * cols, x.end());
     const int64_t begin = 32 * static_cast<int64_t>(rng() % 4);
     const Sums part(w.m, Tokens(type(), last, some, cols), begin, begin + 96);
