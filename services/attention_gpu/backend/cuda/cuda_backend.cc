@@ -88,8 +88,9 @@ class CudaBackend : public Backend {
     if (stream_ != nullptr) cudaStreamSynchronize(stream_);
     if (graph_steps_ > 0) {
       spdlog::info(
-          "GPU: {} steps as graphs, {:.0f} us of host CPU to launch one, {:.0f} for the whole of one that was "
-          "slept through; {} steps launched one by one",
+          "GPU: {} steps as graphs, {:.0f} us of host CPU to launch one, {:.0f} for all of one slept "
+          "through; {} "
+          "steps launched one by one",
           graph_steps_, 1e6 * launch_cpu_seconds_ / static_cast<double>(graph_steps_),
           1e6 * slept_cpu_seconds_ / static_cast<double>(std::max<uint64_t>(slept_steps_, 1)),
           launched_steps_);
