@@ -93,6 +93,48 @@ TEST(RpcTest, HealthFlips) {
   EXPECT_FALSE(WaitServing(**channel, address, absl::Milliseconds(100)).ok());
 }
 
+// The answer to a grpc.health.v1 check of a name: "\x08\x01" is SERVING, "\x08\x02" NOT_SERVING.
+absl::StatusOr<std::string> HealthOf(const std::shared_ptr<grpc::Channel>& channel, const std::string& name) {
+  grpc::GenericStub stub(channel);
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
+  grpc::CompletionQueue queue;
+  const grpc::Slice request("\x0a" + std::string(1, static_cast<char>(name.size())) + name);
+  auto call =
+      stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", grpc::ByteBuffer(&request, 1), &queue);
+  call->StartCall();
+  grpc::ByteBuffer answer;
+  grpc::Status status;
+  call->Finish(&answer, &status, nullptr);
+  void* tag = nullptr;
+  bool ok = false;
+  queue.Next(&tag, &ok);
+  queue.Shutdown();
+  while (queue.Next(&tag, &ok)) {
+  }
+  if (!status.ok()) return FromGrpc(status);
+  grpc::Slice bytes;
+  EXPECT_TRUE(answer.DumpToSingleSlice(&bytes).ok());
+  return std::string(reinterpret_cast<const char*>(bytes.begin()), bytes.size());
+}
+
+TEST(RpcTest, HealthOfAServiceByItsName) {
+  EchoExperts service;
+  ServerOptions options = Listen({"127.0.0.1:0"});
+  options.health_names = {"tandem.v1.Experts"};
+  auto server = Server::Start(options, {&service});
+  ASSERT_TRUE(server.ok()) << server.status();
+  auto channel = Connect((*server)->addresses()[0]);
+  ASSERT_TRUE(channel.ok());
+  for (const bool serving : {false, true, false}) {
+    (*server)->SetServing(serving);
+    for (const char* name : {"", "tandem.v1.Experts"}) {
+      EXPECT_EQ(HealthOf(*channel, name).value_or("?"), serving ? "\x08\x01" : "\x08\x02") << name;
+    }
+  }
+  EXPECT_TRUE(absl::IsNotFound(HealthOf(*channel, "tandem.v1.Engine").status()));
+}
+
 TEST(RpcTest, WaitServingSaysThatNobodyIsThere) {
   TempFolder folder;
   const std::string address = "unix:" + (folder / "nobody.sock");

@@ -167,8 +167,16 @@ struct Server::Impl {
   RunningCalls running;  // outlives the server
   std::unique_ptr<grpc::Server> server;
   std::vector<std::string> addresses;
+  std::vector<std::string> health_names;
   std::mutex mutex;
   bool stopped = false;
+
+  void SetServing(bool serving) {
+    auto* const health = server->GetHealthCheckService();
+    if (health == nullptr) return;
+    for (const std::string& name : health_names) health->SetServingStatus(name, serving);
+    health->SetServingStatus(serving);
+  }
 
   void Stop(absl::Duration patience) {
     {
@@ -176,7 +184,7 @@ struct Server::Impl {
       if (stopped) return;
       stopped = true;
     }
-    if (auto* health = server->GetHealthCheckService()) health->SetServingStatus(false);
+    SetServing(false);
     // Without calls there is nothing to be patient for: gRPC by itself would wait until every idle client has
     // answered its farewell, which C++ clients do only every five seconds.
     const bool patient = patience > absl::ZeroDuration();
@@ -235,7 +243,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
     }
     return absl::InternalError("the gRPC server does not start");
   }
-  if (auto* health = impl->server->GetHealthCheckService()) health->SetServingStatus(false);
+  impl->health_names = options.health_names;
+  impl->SetServing(false);
   for (const Listener& listener : listeners) {
     if (listener.unix_path.has_value()) {
       impl->addresses.push_back(absl::StrCat("unix:", *listener.unix_path));
@@ -254,7 +263,7 @@ const std::vector<std::string>& Server::addresses() const { return impl_->addres
 void Server::SetServing(bool serving) {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->stopped) return;
-  if (auto* health = impl_->server->GetHealthCheckService()) health->SetServingStatus(serving);
+  impl_->SetServing(serving);
 }
 
 void Server::Shutdown(absl::Duration patience) { impl_->Stop(patience); }

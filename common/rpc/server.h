@@ -28,6 +28,8 @@ struct ServerOptions {
   std::vector<std::string> listen;
   TlsOptions tls;  // for TCP listeners; Unix sockets are never encrypted
   int64_t max_message_bytes = 256 << 20;
+  // Services whose health can be asked by name, "tandem.v1.Engine"; that of the empty name always can.
+  std::vector<std::string> health_names;
 };
 
 class Server {
@@ -40,7 +42,7 @@ class Server {
 
   // The addresses that clients can use, ports filled in.
   const std::vector<std::string>& addresses() const;
-  // grpc.health.v1: NOT_SERVING until set.
+  // grpc.health.v1, of all names: NOT_SERVING until set.
   void SetServing(bool serving);
   // No new calls; running ones may finish until the deadline, then they are cancelled.
   void Shutdown(absl::Duration patience);

@@ -155,6 +155,7 @@ absl::Status Serve(const Options& options, rpc::StopSignal& stop) {
   rpc::ServerOptions server_options;
   server_options.listen = options.listen;
   server_options.tls = options.tls;
+  server_options.health_names = {ExpertsService::name()};
   TANDEM_ASSIGN_OR_RETURN(const std::unique_ptr<rpc::Server> server,
                           rpc::Server::Start(server_options, {service.service()}));
   for (const std::string& address : server->addresses()) spdlog::info("listening at {}", address);

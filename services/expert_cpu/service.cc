@@ -329,6 +329,7 @@ ExpertsService::ExpertsService(telemetry::Metrics& metrics, const LoadProgress& 
     : impl_(std::make_unique<Impl>(metrics, progress, identity)) {}
 ExpertsService::~ExpertsService() = default;
 grpc::Service* ExpertsService::service() { return impl_.get(); }
+std::string ExpertsService::name() { return v1::Experts::service_full_name(); }
 void ExpertsService::SetReady(const Shard& shard, Moe& moe, double read_ceiling) {
   impl_->SetReady(shard, moe, read_ceiling);
 }

@@ -32,6 +32,7 @@ class ExpertsService {
   ~ExpertsService();
 
   grpc::Service* service();
+  static std::string name();  // of the service, for health checks
 
   // From now on calls are answered. Both must outlive the server that this service is registered with.
   // `read_ceiling` is what the pool's threads can read of the shard's memory, bytes a second; 0: not

@@ -117,6 +117,7 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& op
     server.listen = {options.grpc_listen};
     server.tls = options.grpc_tls;
     server.max_message_bytes = static_cast<int64_t>(options.max_body_bytes);
+    server.health_names = {GenerationServiceName()};
     TANDEM_ASSIGN_OR_RETURN(impl->grpc, rpc::Server::Start(server, {impl->service.get()}));
     impl->grpc->SetServing(true);
   }

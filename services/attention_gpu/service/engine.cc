@@ -368,6 +368,7 @@ absl::Status RunEngine(const Options& o, rpc::StopSignal& stop) {
   rpc::ServerOptions server_options;
   server_options.listen = o.listen;
   server_options.tls = o.tls;
+  server_options.health_names = {EngineService::name()};
   Loaded loaded;  // before the server: calls hold on to the scheduler until the server has stopped
   TANDEM_ASSIGN_OR_RETURN(std::unique_ptr<rpc::Server> server,
                           rpc::Server::Start(server_options, {service.service()}));

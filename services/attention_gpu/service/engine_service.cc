@@ -320,6 +320,7 @@ class EngineService::Impl : public v1::Engine::CallbackService {
 EngineService::EngineService() : impl_(std::make_unique<Impl>()) {}
 EngineService::~EngineService() = default;
 grpc::Service* EngineService::service() { return impl_.get(); }
+std::string EngineService::name() { return v1::Engine::service_full_name(); }
 void EngineService::SetProgress(const std::string& text) { impl_->SetProgress(text); }
 void EngineService::SetDegraded(const std::string& why) { impl_->SetDegraded(why); }
 void EngineService::SetReady(EngineInfo info, Scheduler* scheduler) {

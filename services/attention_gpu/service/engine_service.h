@@ -34,6 +34,7 @@ class EngineService {
   EngineService();
   ~EngineService();
   grpc::Service* service();
+  static std::string name();  // of the service, for health checks
 
   void SetProgress(const std::string& text);
   // `scheduler` must outlive the service's server.

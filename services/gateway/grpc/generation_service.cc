@@ -287,6 +287,8 @@ class GenerationService final : public v1::Generation::CallbackService {
 
 }  // namespace
 
+std::string GenerationServiceName() { return v1::Generation::service_full_name(); }
+
 std::unique_ptr<grpc::Service> MakeGenerationService(const GenerationServiceOptions& options,
                                                      const GenerationServiceParts& parts) {
   return std::make_unique<GenerationService>(options, parts);

@@ -33,6 +33,7 @@ struct GenerationServiceParts {
   WorkQueue* work;
 };
 
+std::string GenerationServiceName();  // for health checks
 std::unique_ptr<grpc::Service> MakeGenerationService(const GenerationServiceOptions& options,
                                                      const GenerationServiceParts& parts);
 
