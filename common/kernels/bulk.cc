@@ -89,7 +89,7 @@ void BulkPack(const uint16_t* rows, int64_t cols, std::span<const int32_t> ids, 
 }
 
 void BulkMatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const uint16_t* x, int64_t tiles,
-                float* sums, const BulkUpcoming& next) {
+                float* sums, const Upcoming& next) {
   TANDEM_CHECK(row_begin >= 0 && row_begin < row_end && row_end <= w.rows);
   TANDEM_CHECK(BulkFits(w.type, row_end - row_begin, w.cols));
   internal::BulkArgs a = {};
@@ -102,14 +102,11 @@ void BulkMatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const uint1
   a.tiles = tiles;
   a.sums = sums;
   a.scratch = internal::ThreadScratch();
-  const Upcoming& weights = next.weights;
-  if (weights.w != nullptr && weights.row < weights.row_end) {
-    a.next = weights.w->data + weights.row * weights.w->row_bytes;
-    a.next_row_bytes = weights.w->row_bytes;
-    a.next_rows = weights.row_end - weights.row;
+  if (next.w != nullptr && next.row < next.row_end) {
+    a.next = next.w->data + next.row * next.w->row_bytes;
+    a.next_row_bytes = next.w->row_bytes;
+    a.next_rows = next.row_end - next.row;
   }
-  a.next_x = next.x;
-  a.next_tiles = next.tiles;
   Tables().matmul(a);
 }
 

@@ -42,17 +42,10 @@ void BulkOrderFloat(gguf::TensorType type, const uint8_t* x, int64_t cols, uint1
 // One tile of up to 16 tokens: those with `ids` among rows of [cols] as above; zeros for the rest.
 void BulkPack(const uint16_t* rows, int64_t cols, std::span<const int32_t> ids, uint16_t* to);
 
-// What the thread will read after a call, as far as it is known: weights, and tokens with as many columns.
-struct BulkUpcoming {
-  Upcoming weights;
-  const uint16_t* x = nullptr;
-  int64_t tiles = 0;
-};
-
 // sums = W[row_begin .. row_end) x, as BulkSums floats: [rows / 16][tiles][16 rows][16 tokens].
-// Thread-safe. sums and x: aligned to 64 bytes.
+// `next`: what the thread will read after this call. Thread-safe. sums and x: aligned to 64 bytes.
 void BulkMatMul(const Matrix& w, int64_t row_begin, int64_t row_end, const uint16_t* x, int64_t tiles,
-                float* sums, const BulkUpcoming& next);
+                float* sums, const Upcoming& next);
 
 // SiLU(gate) * up of those sums, rounded to bf16, as rows [row_begin, row_end) of `cols` columns of the
 // tokens that the next product, with weights of `type`, takes. Overwrites `gate`.

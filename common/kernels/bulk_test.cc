@@ -69,8 +69,7 @@ struct Tokens {
 struct Sums {
   Sums(const Matrix& w, const Tokens& x, int64_t begin, int64_t end) : tiles(x.tiles), row_begin(begin) {
     values.Resize(BulkSums(x.tiles, end - begin));
-    BulkMatMul(w, begin, end, x.words.data(), x.tiles, values.data(),
-               {{&w, begin, end, 0}, x.words.data(), x.tiles});
+    BulkMatMul(w, begin, end, x.words.data(), x.tiles, values.data(), {&w, begin, end, x.n});
   }
   float At(int64_t row, int64_t token) const {
     const int64_t r = row - row_begin;

@@ -129,12 +129,9 @@ struct BulkArgs {
   float* sums;        // [rows / 16][tiles][16 rows][16 tokens]
   uint8_t* scratch;   // kScratchBytes, 64-byte aligned, the calling thread's own
 
-  // What the thread will read after this call; nullptr: unknown. The tokens have as many columns.
-  const uint8_t* next;
+  const uint8_t* next;  // what the thread will read after this call; nullptr: unknown
   int64_t next_row_bytes;
   int64_t next_rows;
-  const uint16_t* next_x;
-  int64_t next_tiles;
 };
 
 struct BulkTables {

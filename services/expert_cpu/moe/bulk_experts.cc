@@ -120,29 +120,22 @@ void BulkExperts::GateUp(const Job& job, const Wave& wave) {
       const int64_t row_end = std::min(job.rows(), row_begin + unit_rows);
       const int64_t expert = job.grouping.groups()[g].expert;
       const kernels::Matrix gate = layer.gate.Expert(expert), up = layer.up.Expert(expert);
-      const auto tokens_at = [&](int64_t tile) {
-        return x_tiles_.data() + kernels::BulkTokenWords(tile - first_tile_[wave.begin], job.hidden());
-      };
       kernels::Matrix next_gate;
-      kernels::BulkUpcoming of_next_unit;
+      kernels::Upcoming next_unit_gate;
       if (next_unit >= 0) {
         const size_t next_group = wave.begin + static_cast<size_t>(next_unit / units_each);
         next_gate = layer.gate.Expert(job.grouping.groups()[next_group].expert);
-        const int64_t first = first_tile_[next_group];
-        of_next_unit = {{&next_gate, next_unit % units_each * unit_rows, job.rows(), 0},
-                        tokens_at(first),
-                        std::min(kChunkTiles, first_tile_[next_group + 1] - first)};
+        next_unit_gate = {&next_gate, next_unit % units_each * unit_rows, job.rows(), 0};
       }
       for (int64_t tile = first_tile_[g]; tile < first_tile_[g + 1]; tile += kChunkTiles) {
         const int64_t tiles = std::min(kChunkTiles, first_tile_[g + 1] - tile);
-        const uint16_t* const x = tokens_at(tile);
-        const int64_t left = first_tile_[g + 1] - tile - tiles;
-        const kernels::BulkUpcoming of_next_chunk = {
-            {&gate, row_begin, row_end, 0}, tokens_at(tile + tiles), std::min(kChunkTiles, left)};
+        const uint16_t* x =
+            x_tiles_.data() + kernels::BulkTokenWords(tile - first_tile_[wave.begin], job.hidden());
+        const bool last = tile + tiles == first_tile_[g + 1];
         kernels::BulkMatMul(gate, row_begin, row_end, x, tiles, sums.gate.data(),
-                            {{&up, row_begin, row_end, 0}, x, tiles});
+                            {&up, row_begin, row_end, 0});
         kernels::BulkMatMul(up, row_begin, row_end, x, tiles, sums.up.data(),
-                            left == 0 ? of_next_unit : of_next_chunk);
+                            last ? next_unit_gate : kernels::Upcoming{&gate, row_begin, row_end, 0});
         kernels::BulkSiluMul(layer.down.type, sums.gate.data(), sums.up.data(), tiles, row_begin, row_end,
                              job.rows(), h_tiles_.data() + kernels::BulkTokenWords(tile, job.rows()));
       }
@@ -164,32 +157,24 @@ void BulkExperts::Down(const Job& job) {
     sums.Resize(kernels::BulkSums(kChunkTiles, most));
     claims_.Run(worker, [&](int64_t unit, bool, int64_t next_unit) {
       const int64_t row_begin = down_units_[unit].begin, row_end = down_units_[unit].end;
-      const auto tokens_at = [&](int64_t tile) {
-        return h_tiles_.data() + kernels::BulkTokenWords(tile, job.rows());
-      };
       for (size_t g = 0; g < groups.size(); ++g) {
         const kernels::Matrix down = job.layer.down.Expert(groups[g].expert);
         const bool last_group = g + 1 == groups.size();
-        const size_t next_group = last_group ? 0 : g + 1;
-        const kernels::Matrix next_down = job.layer.down.Expert(groups[next_group].expert);
-        kernels::BulkUpcoming of_next_group;
-        if (!last_group || next_unit >= 0) {
-          const int64_t first = first_tile_[next_group];
-          const WorkUnits::Unit& next = down_units_[last_group ? next_unit : unit];
-          of_next_group = {{&next_down, next.begin, next.end, 0},
-                           tokens_at(first),
-                           std::min(kChunkTiles, first_tile_[next_group + 1] - first)};
+        const kernels::Matrix next_down = job.layer.down.Expert(groups[last_group ? 0 : g + 1].expert);
+        kernels::Upcoming next;
+        if (!last_group) next = {&next_down, row_begin, row_end, 0};
+        if (last_group && next_unit >= 0) {
+          next = {&next_down, down_units_[next_unit].begin, down_units_[next_unit].end, 0};
         }
         for (int64_t tile = first_tile_[g]; tile < first_tile_[g + 1]; tile += kChunkTiles) {
           const int64_t tiles = std::min(kChunkTiles, first_tile_[g + 1] - tile);
-          const int64_t left = first_tile_[g + 1] - tile - tiles;
-          const kernels::BulkUpcoming of_next_chunk = {
-              {&down, row_begin, row_end, 0}, tokens_at(tile + tiles), std::min(kChunkTiles, left)};
+          const bool last = tile + tiles == first_tile_[g + 1];
           const int64_t pair = tiles_[static_cast<size_t>(tile)].first_pair;
           const int64_t pairs =
               std::min(tiles * kernels::kBulkTileTokens, groups[g].first_pair + groups[g].pairs - pair);
-          kernels::BulkMatMul(down, row_begin, row_end, tokens_at(tile), tiles, sums.data(),
-                              left == 0 ? of_next_group : of_next_chunk);
+          kernels::BulkMatMul(down, row_begin, row_end,
+                              h_tiles_.data() + kernels::BulkTokenWords(tile, job.rows()), tiles, sums.data(),
+                              last ? next : kernels::Upcoming{&down, row_begin, row_end, 0});
           kernels::BulkAdd(sums.data(), tiles, pairs, row_begin, row_end,
                            {job.grouping.weights().data() + pair, job.grouping.tokens().data() + pair,
                             job.sum, hidden, model::kGridShift});
