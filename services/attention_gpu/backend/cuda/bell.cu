@@ -60,24 +60,23 @@ __device__ __forceinline__ bool Asked(const AskParams& p, int64_t i) {
   return deferred == (p.part == AskPart::kDeferred);
 }
 
-// The rings, from where the host has written them if this is the run's first call. For all threads.
-__device__ __forceinline__ const RingState* RingsOf(const AskParams& p) {
+// The rings as they are now, not as a cache may still have them. For all threads.
+__device__ __forceinline__ const RingState* ReadRings(const RingState* from, int count, RingState* keep) {
   constexpr int kWords = sizeof(RingState) / 8;
-  __shared__ uint64_t fetched[kMostRings * kWords];
-  if (p.keep == nullptr) return p.rings;
-  for (int i = static_cast<int>(threadIdx.x); i < p.count * kWords; i += kThreads) {
-    fetched[i] = LoadOnce(reinterpret_cast<const uint64_t*>(p.rings) + i);
-    if (blockIdx.x == 0) reinterpret_cast<uint64_t*>(p.keep)[i] = fetched[i];
+  __shared__ uint64_t rings[kMostRings * kWords];
+  for (int i = static_cast<int>(threadIdx.x); i < count * kWords; i += kThreads) {
+    rings[i] = LoadOnce(reinterpret_cast<const uint64_t*>(from) + i);
+    if (keep != nullptr && blockIdx.x == 0) reinterpret_cast<uint64_t*>(keep)[i] = rings[i];
   }
   __syncthreads();
-  return reinterpret_cast<const RingState*>(fetched);
+  return reinterpret_cast<const RingState*>(rings);
 }
 
 // What comes behind it begins only with its end: its first weights would stand in the way of what the routing
 // reads, and nobody waits for what is computed beside the experts.
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
   AwaitEarlier();
-  const RingState* const rings = RingsOf(p);
+  const RingState* const rings = p.keep != nullptr ? ReadRings(p.rings, p.count, p.keep) : p.rings;
   const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -126,8 +125,7 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
 __device__ __forceinline__ bool Stopped(const AnswerParams& p) { return p.wait && LoadOnce(p.stop) != 0; }
 
 // Whether ring r has answered the call, and with success.
-__device__ bool Answered(const AnswerParams& p, int r) {
-  const RingState& ring = p.rings[r];
+__device__ bool Answered(const AnswerParams& p, const RingState& ring) {
   const uint8_t* slot = SlotOf(ring, p.at, p.index);
   const uint8_t* flag = slot + p.at.answered;
   const auto number = static_cast<uint32_t>(ring.first) + p.index;
@@ -144,14 +142,14 @@ __device__ bool Answered(const AnswerParams& p, int r) {
 }
 
 // Values 4 i to 4 i + 3 of the answers' sum.
-__device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, int64_t i) {
+__device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, const RingState* rings, int64_t i) {
   if (!p.double_output) {
-    const uint8_t* slot = SlotOf(p.rings[0], p.at, p.index);
+    const uint8_t* slot = SlotOf(rings[0], p.at, p.index);
     return __ldcv(reinterpret_cast<const float4*>(slot + p.at.output) + i);
   }
   double2 low = {0, 0}, high = {0, 0};
   for (int r = 0; r < p.count; ++r) {
-    const uint8_t* slot = SlotOf(p.rings[r], p.at, p.index);
+    const uint8_t* slot = SlotOf(rings[r], p.at, p.index);
     const auto* from = reinterpret_cast<const double2*>(slot + p.at.output) + 2 * i;
     const double2 a = __ldcv(from), b = __ldcv(from + 1);
     low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
@@ -161,18 +159,18 @@ __device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, int64_t i) {
 }
 
 // What p.seen becomes, but for the lowest bit, which says that all answers are there.
-__device__ __forceinline__ uint64_t SeenOf(const AnswerParams& p) {
-  return (p.rings[0].run << kIndexBits | p.index) << 1;
+__device__ __forceinline__ uint64_t SeenOf(const AnswerParams& p, const RingState* rings) {
+  return (rings[0].run << kIndexBits | p.index) << 1;
 }
 
 // For thread 0 of each block: whether all answers are there. One block looks over the bus and tells the
 // others, which look at device memory: many that read over the bus keep the kernels in front from ending
 // (seen: 25 us for a SiLU of 1 us beside 28 blocks).
-__device__ bool AllAnswered(const AnswerParams& p) {
-  const uint64_t call = SeenOf(p);
+__device__ bool AllAnswered(const AnswerParams& p, const RingState* rings) {
+  const uint64_t call = SeenOf(p, rings);
   if (blockIdx.x == 0) {
     bool all = true;
-    for (int r = 0; r < p.count; ++r) all = Answered(p, r) && all;
+    for (int r = 0; r < p.count; ++r) all = Answered(p, rings[r]) && all;
     if (!all && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
     ReleaseOnDevice(p.seen, call | (all ? 1 : 0));
     return all;
@@ -195,17 +193,18 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   __shared__ int good;
   const bool early = p.wait && p.index > 0;  // without `wait` somebody in front has waited
   if (!early) AwaitEarlier();
-  if (threadIdx.x == 0) good = AllAnswered(p) ? 1 : 0;
+  const RingState* const rings = ReadRings(p.rings, p.count, nullptr);
+  if (threadIdx.x == 0) good = AllAnswered(p, rings) ? 1 : 0;
   __syncthreads();
   LetNextBegin();
   const int64_t values = good == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   float4 ahead = make_float4(0, 0, 0, 0);
-  if (thread < values) ahead = AnswerAt(p, thread);
+  if (thread < values) ahead = AnswerAt(p, rings, thread);
   if (early) AwaitEarlier();
   for (int64_t i = thread; i < values; i += threads) {
-    const float4 sum = i == thread ? ahead : AnswerAt(p, i);
+    const float4 sum = i == thread ? ahead : AnswerAt(p, rings, i);
     float4& x = reinterpret_cast<float4*>(p.x)[i];
     x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
   }

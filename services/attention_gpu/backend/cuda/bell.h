@@ -68,9 +68,9 @@ class Bell : public RoutedExperts {
 
   // Calls of a step of so many MoE layers, RoutedCall::defer being `defer`.
   static uint64_t CallsOf(int64_t layers, int32_t defer);
-  // A run: Begin, then for each of its layers Ask and Add on `stream` (directly, or by a graph that was
-  // captured from such calls), then, when the stream has come to its end, Finish. Where layers defer, the
-  // regions have kDeferralSlots slots.
+  // A run: Begin, then for each of its layers, from RoutedCall::index 0 on, Ask and Add on `stream`
+  // (directly, or by a graph that was captured from such calls), then, when the stream has come to its end,
+  // Finish. Where layers defer, the regions have kDeferralSlots slots.
   absl::Status Begin(uint64_t calls);
   absl::Status Ask(const RoutedCall& call, cudaStream_t stream) override;
   absl::Status Add(const RoutedCall& call, cudaStream_t stream) override;

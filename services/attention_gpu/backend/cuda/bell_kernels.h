@@ -11,7 +11,8 @@ namespace tandem::attention::cuda {
 
 constexpr int kMostRings = 16;
 
-// One process's slots as the GPU sees them; in device memory, new for every run of calls.
+// One process's slots as the GPU sees them, new for every run of calls: the host writes them into page-locked
+// memory, the run's first request takes them to the device.
 struct RingState {
   uint8_t* slot = nullptr;  // the first; mapped host memory
   uint64_t epoch = 0;

@@ -363,12 +363,19 @@ TEST_P(BellTest, ADeadProcessFreesTheGpu) {
 }
 
 TEST_P(BellTest, TheWatchdogEndsAWaitForASilentProcess) {
-  Peers peers(1, kShape, nullptr);
-  peers.timeout = absl::Milliseconds(200);
+  Peers peers(1, kShape, nullptr), soon(1, kShape, nullptr, false, 50), late(1, kShape, nullptr, false, 90);
+  for (Peers* p : {&peers, &soon, &late}) p->timeout = absl::Milliseconds(200);
   const auto bell = Open(peers);
   ASSERT_NE(bell, nullptr);
-  const absl::Status s = Run(*bell, 4, kMostRows);
-  EXPECT_EQ(s.code(), absl::StatusCode::kDeadlineExceeded) << s;
+  for (Peers* p : {&peers, &soon, &late}) {
+    if (p != &peers) {
+      ASSERT_TRUE(bell->Attach(p).ok());
+    }
+    if (p == &late) absl::SleepFor(absl::Milliseconds(1200));  // the watchdog sleeps by now
+    const absl::Status s = Run(*bell, 4, kMostRows);
+    EXPECT_EQ(s.code(), absl::StatusCode::kDeadlineExceeded) << s;
+  }
+  bell->Detach();
 }
 
 TEST_P(BellTest, EmptyCallsAreTimed) {

@@ -432,7 +432,9 @@ int Main(const std::string& what) {
   if (wanted("splits")) {
     for (int split : {4, 8, 16, 32}) Attention(1024, 1, true, kCacheBf16, split);
     for (int split : {16, 32, 64}) Attention(2048, 1, true, kCacheBf16, split);
-    for (int split : {32, 64}) Attention(8192, 1, true, kCacheBf16, split);
+    for (int rows : {1, 4, 16}) {
+      for (int split : {8, 16, 32, 64}) Attention(8192, rows, true, kCacheBf16, split);
+    }
     for (int split : {8, 16, 32}) Attention(1024, 8, true, kCacheBf16, split);
   }
   if (wanted("prefill")) {

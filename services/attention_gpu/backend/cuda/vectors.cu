@@ -1,7 +1,5 @@
 // Kernels over rows of values: norms, activation forms, SiLU, embedding, and the order of blocks in memory.
 
-#include <algorithm>
-
 #include "services/attention_gpu/backend/cuda/blocks.cuh"
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/int8_form.cuh"
@@ -12,7 +10,7 @@ namespace tandem::attention::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kFetchThreads = 2048;  // 32 KB at once
+constexpr int kFetchThreads = 1024;  // 16 KB at once
 unsigned Blocks(int64_t work) { return static_cast<unsigned>((work + kThreads - 1) / kThreads); }
 
 __global__ void __launch_bounds__(kThreads) Quantize(const QuantizeParams p) {
@@ -147,8 +145,10 @@ struct FloatRow {
 
 __global__ void Probe() {}
 
-// What is in all blocks' first reach is on its way together with the word that says how much there is.
-__global__ void __launch_bounds__(kThreads) Fetch(const FetchParams p) {
+// One block: many that read the same page-locked memory wait for each other. What is in its first reach is on
+// its way together with the word that says how much there is.
+__global__ void __launch_bounds__(kFetchThreads) Fetch(const FetchParams p) {
+  __shared__ uint32_t more;
   const auto read = [&](int64_t i) {
     uint4 v;
     asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -156,14 +156,16 @@ __global__ void __launch_bounds__(kThreads) Fetch(const FetchParams p) {
                  : "l"(p.from + 4 * i));
     return v;
   };
-  const int64_t room = p.room / 4, threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= room) return;
-  const uint4 first = read(i);
-  const uint32_t more = *(static_cast<const volatile uint32_t*>(p.from) + p.more);
+  const int64_t room = p.room / 4;
+  int64_t i = threadIdx.x;
+  uint4 first = {};
+  if (i < room) first = read(i);
+  if (i == 0) more = *(static_cast<const volatile uint32_t*>(p.from) + p.more);
+  if (i < room) reinterpret_cast<uint4*>(p.to)[i] = first;
+  __syncthreads();
   const int64_t all = (p.words + more + 3) / 4, end = all < room ? all : room;
-  reinterpret_cast<uint4*>(p.to)[i] = first;
-  for (i += threads; i < end; i += threads) reinterpret_cast<uint4*>(p.to)[i] = read(i);
+#pragma unroll 4
+  for (i += kFetchThreads; i < end; i += kFetchThreads) reinterpret_cast<uint4*>(p.to)[i] = read(i);
 }
 
 __global__ void __launch_bounds__(kThreads) Embed(const EmbedParams p) {
@@ -265,7 +267,7 @@ cudaError_t LaunchFetch(const FetchParams& p, cudaStream_t stream) {
   if (p.words < 0 || p.more < 0 || p.more >= p.room || p.words > p.room || p.room % 4 != 0) {
     return cudaErrorInvalidValue;
   }
-  Fetch<<<Blocks(std::min(p.room / 4, kFetchThreads)), kThreads, 0, stream>>>(p);
+  Fetch<<<1, kFetchThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -123,10 +123,13 @@ struct Strips {
   // cache: all blocks of a row read them.
   __device__ __forceinline__ void Fetch(const void* map) const {
     ShowToCopyEngine();
-    int page = PageOf(0), next_page = PageOf(1);
+    const bool alone = gridDim.x == 1;
+    int page = PageOf(0), next_page = PageOf(1), page_after = PageOf(2);
     for (int strip = 0; strip < b.strips; ++strip) {
-      const int page_after = PageOf(strip + 2);
-      if (strip > 0 && strip + 2 < b.strips && ((strip ^ blockIdx.x) & 1) == 0) AskFor(page_after, strip + 2);
+      const int page_behind = PageOf(strip + 3);
+      if (strip > 0 && strip + 2 < b.strips && (alone || ((strip ^ blockIdx.x) & 1) == 0)) {
+        AskFor(page_after, strip + 2);
+      }
       if (strip >= kStrips) AwaitPhase(b.Empty(strip), b.PhaseOf(strip) - 1);
       ArriveExpecting(b.Full(strip), kStripBytes);
 #pragma unroll
@@ -134,7 +137,7 @@ struct Strips {
         CopyBox(b.base + b.PlaceOfStrip(strip) + piece * kStripPiece, map, piece * 64,
                 static_cast<int>(RowOf(page, strip)), b.Full(strip));
       }
-      page = next_page, next_page = page_after;
+      page = next_page, next_page = page_after, page_after = page_behind;
     }
   }
 };
