@@ -542,11 +542,11 @@ cudaError_t LaunchByWarps(const AttentionParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int SplitsOf(int64_t tokens, bool by_warpgroups) {
-  auto of = [&](int64_t length) { return (tokens + length - 1) / length; };
-  int64_t n = of(kSplitTokens);
-  // By warpgroups 128 positions more take less than what combines twice the parts.
-  if (by_warpgroups) n = std::max(std::min<int64_t>(n, 16), of(2 * kSplitTokens));
+int SplitsOf(int64_t tokens) {
+  const auto of = [&](int64_t length) { return (tokens + length - 1) / length; };
+  // Of longer rows twice the length: what parts write and what combines them costs several rows more than 128
+  // positions do, and one row little (docs/cuda.md).
+  const int64_t n = std::max(std::min<int64_t>(of(kSplitTokens), 16), of(2 * kSplitTokens));
   return static_cast<int>(std::clamp<int64_t>(n, 1, kMaxSplits));
 }
 

@@ -237,7 +237,7 @@ TEST(CudaAttention, EqualsTheCpuBackendWhenSplit) {
                     {255, 0, 1},
                     {511, 3, 2},
                     {40, 9, 32},
-                    {2000, 0, SplitsOf(2001, false)},
+                    {2000, 0, SplitsOf(2001)},
                     {8230, 1, 32},
                     {8230, 1, 64}});
     }
@@ -309,10 +309,8 @@ void TheBitsDependOnNothingElse(CacheType type) {
   Attention a(kR1, 170, 4, type);
   const bool by_warpgroups = WarpgroupsAttend(type, kR1.heads, kR1.lora, kR1.rope);
   const auto queries = a.Queries(4);
-  const std::vector<RowAt> rows = {{900, 0, SplitsOf(901, by_warpgroups)},
-                                   {50, 5, 1},
-                                   {1500, 2, SplitsOf(1501, by_warpgroups)},
-                                   {5000, 1, SplitsOf(5001, by_warpgroups)}};
+  const std::vector<RowAt> rows = {
+      {900, 0, SplitsOf(901)}, {50, 5, 1}, {1500, 2, SplitsOf(1501)}, {5000, 1, SplitsOf(5001)}};
   const auto together = a.OnGpu(rows, queries);
   const size_t a_row = 128 * 512, a_query = 128 * 576;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -360,16 +358,14 @@ TEST(CudaAttention, LargeScoresDoNotOverflow) {
 
 // A graph has blocks for as many parts as its longest rows need.
 TEST(CudaAttention, LongerRowsAreNotCutIntoFewerParts) {
-  for (const bool by_warpgroups : {false, true}) {
-    int before = 1;
-    for (int64_t tokens = 1; tokens < 200000; tokens += tokens / 50 + 1) {
-      const int n = SplitsOf(tokens, by_warpgroups);
-      EXPECT_GE(n, before) << tokens;
-      EXPECT_LE(n, std::min<int64_t>(kMaxSplits, (tokens + kSplitTokens - 1) / kSplitTokens)) << tokens;
-      before = n;
-    }
-    EXPECT_EQ(before, kMaxSplits);
+  int before = 1;
+  for (int64_t tokens = 1; tokens < 200000; tokens += tokens / 50 + 1) {
+    const int n = SplitsOf(tokens);
+    EXPECT_GE(n, before) << tokens;
+    EXPECT_LE(n, std::min<int64_t>(kMaxSplits, (tokens + kSplitTokens - 1) / kSplitTokens)) << tokens;
+    before = n;
   }
+  EXPECT_EQ(before, kMaxSplits);
 }
 
 // What the int8 cache costs: the same tokens and queries, in both types.

@@ -220,7 +220,7 @@ void Attention(int64_t tokens, int rows, bool decode, CacheType type = kCacheBf1
   }
   std::vector<int32_t> table(pages), position(rows), first(rows), splits(rows), part(rows);
   std::iota(table.begin(), table.end(), 0);
-  if (split == 0) split = decode ? SplitsOf(tokens, WarpgroupsAttend(type, heads, lora, rope)) : 1;
+  if (split == 0) split = decode ? SplitsOf(tokens) : 1;
   double seen = 0;
   for (int i = 0; i < rows; ++i) {
     position[i] = static_cast<int32_t>(decode ? tokens - 1 : tokens - rows + i);

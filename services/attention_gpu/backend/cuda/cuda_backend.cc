@@ -58,7 +58,7 @@ int32_t StepTokens(const model::ModelConfig& c, const CudaBackendOptions& o) {
 }
 
 cuda::Workspace WorkspaceFor(const model::ModelConfig& c, const CudaBackendOptions& o, int32_t tokens) {
-  return cuda::Workspace(c, TypeOf(o), tokens, int64_t{o.page_count} * o.page_tokens);
+  return cuda::Workspace(c, tokens, int64_t{o.page_count} * o.page_tokens);
 }
 
 cuda::StreamOptions StreamOptionsFor(const model::ModelConfig& c, const CudaBackendOptions& o) {
@@ -434,7 +434,7 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<cuda::StepGraph>> Capture(int64_t n, bool greedy) {
     const int64_t longest = int64_t{options_.page_count} * options_.page_tokens;
-    work_.Point(n, Pairs(), options_.page_tokens, work_.SplitsFor(longest));
+    work_.Point(n, Pairs(), options_.page_tokens, cuda::SplitsOf(longest));
     return cuda::StepGraph::Capture(stream_, bell_.get(), [&]() -> absl::Status {
       TANDEM_RETURN_IF_ERROR(forward_->Layers(bell_.get(), options_.defer_experts, stream_));
       TANDEM_RETURN_IF_ERROR(forward_->Logits(0, n, stream_));

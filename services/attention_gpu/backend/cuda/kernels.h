@@ -244,8 +244,9 @@ constexpr int kSplitTokens = 128;   // the least worth a split
 constexpr int kMaxSplits = 64;
 // Whether attention of this shape has a kernel by warpgroups on the current device (warpgroup_attention.cu).
 bool WarpgroupsAttend(CacheType type, int64_t heads, int64_t lora, int64_t rope);
-// Splits of a row that sees `tokens` positions, where it is one of few rows.
-int SplitsOf(int64_t tokens, bool by_warpgroups);
+// Splits of a row that sees `tokens` positions and is alone of its sequence in the step: the same in every
+// company, since the sums of its parts are.
+int SplitsOf(int64_t tokens);
 bool AttentionSupports(int32_t lora, int32_t rope);
 cudaError_t PrepareAttention();  // once for the current device, before the first launch
 cudaError_t LaunchAttention(const AttentionParams& p, cudaStream_t stream);

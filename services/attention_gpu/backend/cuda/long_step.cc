@@ -32,7 +32,7 @@ class UntilDropped : public RoutedExperts {
 LongStep::LongStep(const model::ModelConfig& config, const DeviceWeights& weights, const LatentCache& cache,
                    int64_t max_tokens, int64_t cache_tokens, int device)
     : device_(device),
-      work_(config, cache.type, max_tokens, cache_tokens),
+      work_(config, max_tokens, cache_tokens),
       forward_(config, weights, cache, work_) {}
 
 LongStep::~LongStep() {

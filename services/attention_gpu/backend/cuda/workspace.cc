@@ -12,13 +12,12 @@ namespace {
 constexpr int64_t kMostParts = 512;
 }  // namespace
 
-Workspace::Workspace(const model::ModelConfig& c, CacheType cache, int64_t max_tokens, int64_t cache_tokens)
+Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t cache_tokens)
     : c_(c),
       piece_(std::min(max_tokens, kPiece)),
       max_tokens_(max_tokens),
       // So that sequences that fill the cache, a token each, make one launch where they share nothing.
-      parts_(std::clamp<int64_t>(cache_tokens / kSplitTokens + 16, kMaxSplits, kMostParts)),
-      cache_(cache) {
+      parts_(std::clamp<int64_t>(cache_tokens / kSplitTokens + 16, kMaxSplits, kMostParts)) {
   const int64_t heads = c.num_attention_heads, width = c.latent_dim(), hidden = c.hidden_size;
   int64_t inner = c.n_shared_experts * c.moe_intermediate_size;
   if (c.first_k_dense_replace > 0 || c.num_moe_layers() == 0) inner = std::max(inner, c.intermediate_size);
@@ -62,11 +61,6 @@ int64_t Workspace::FfnRows(int64_t inner) const {
 }
 
 absl::Status Workspace::Allocate() { return device_.Allocate("the buffers of a step"); }
-
-int Workspace::SplitsFor(int64_t tokens) const {
-  return SplitsOf(tokens,
-                  WarpgroupsAttend(cache_, c_.num_attention_heads, c_.kv_lora_rank, c_.qk_rope_head_dim));
-}
 
 Workspace::~Workspace() {
   if (host_words_ != nullptr) cudaFreeHost(host_words_);
@@ -167,7 +161,7 @@ absl::Status Workspace::LayOut(const StepBatch& batch, std::span<const float> fr
       position[s.first + i] = s.position + i;
       first_page[s.first + i] = at;
       made[s.first + i] = s.position + i >= s.generated_from ? 1 : 0;
-      split[s.first + i] = s.count == 1 ? SplitsFor(int64_t{s.position} + 1) : 1;
+      split[s.first + i] = s.count == 1 ? SplitsOf(int64_t{s.position} + 1) : 1;
     }
     at += count;
   }

@@ -33,15 +33,14 @@ class Workspace {
   static constexpr int64_t kPiece = 512;      // tokens that pass a layer's dense part together
   static constexpr int64_t kRouted = 4096;    // tokens whose experts are chosen together
 
-  // For steps of up to max_tokens; cache_tokens are in the KV cache of all sequences, which is of type
-  // `cache`.
-  Workspace(const model::ModelConfig& config, CacheType cache, int64_t max_tokens, int64_t cache_tokens);
+  // For steps of up to max_tokens; cache_tokens are in the KV cache of all sequences.
+  Workspace(const model::ModelConfig& config, int64_t max_tokens, int64_t cache_tokens);
   uint64_t bytes() const { return device_.bytes(); }  // of device memory
   absl::Status Allocate();
   ~Workspace();
 
   // Writes down the batch's tokens, positions, pages and angles for Fetch. Rows of sequences that have one
-  // token in the step are split by their position (SplitsFor), others not at all. What has fetched the ones
+  // token in the step are split by their position (SplitsOf), others not at all. What has fetched the ones
   // before must have finished on the device.
   absl::Status LayOut(const StepBatch& batch, std::span<const float> frequencies, int32_t page_tokens);
   // Brings to the device what LayOut has written, as it is then: `stream` may be captured after Point.
@@ -53,8 +52,6 @@ class Workspace {
   // Room for the description of steps with so many rows and entries of page tables.
   absl::Status Reserve(int64_t rows, int64_t pairs, int64_t pages);
 
-  // SplitsOf on the current device.
-  int SplitsFor(int64_t tokens) const;
   int64_t piece_tokens() const { return piece_; }
   // Rows that pass an FFN of so many inner values together.
   int64_t FfnRows(int64_t inner) const;
@@ -115,7 +112,6 @@ class Workspace {
   const model::ModelConfig c_;
   const int64_t piece_, max_tokens_;
   const int64_t parts_;  // of attention, in one launch; kMaxSplits at least
-  const CacheType cache_;
   int64_t inner_ = 0, form_values_ = 0, form_scales_ = 0;
   uint64_t scratch_bytes_ = 0;
   uint64_t generation_ = 0;  // of the description's place
