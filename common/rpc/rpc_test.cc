@@ -39,7 +39,7 @@ grpc::Status CallDescribe(grpc::Channel& channel, absl::Duration deadline = absl
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + deadline));
   v1::ShardDescription answer;
-  const grpc::Status status = stub->Describe(&context, {}, &answer);
+  grpc::Status status = stub->Describe(&context, {}, &answer);
   if (status.ok()) {
     EXPECT_EQ(answer.model_name(), "echo");
   }
