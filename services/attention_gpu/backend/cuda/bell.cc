@@ -211,6 +211,7 @@ uint32_t Bell::IndexOf(const RoutedCall& call) {
 absl::Status Bell::Ask(const RoutedCall& call, cudaStream_t stream) {
   const uint32_t index = IndexOf(call);
   if (call.defer == 0 || call.last) return AskFor(call, AskPart::kAll, index, stream);
+  if (call.route != nullptr) TANDEM_RETURN_IF_ERROR(ToStatus(LaunchRoute(*call.route, stream), "the router"));
   TANDEM_RETURN_IF_ERROR(AskFor(call, AskPart::kDue, index, stream));
   return AskFor(call, AskPart::kDeferred, index + 1, stream);
 }
@@ -232,8 +233,10 @@ absl::Status Bell::AskFor(const RoutedCall& call, AskPart part, uint32_t index, 
                                                                 : shm::CallPrecision::kServed);
   p.float_input = input_type_ == shm::ValueType::kF32;
   p.normed = call.normed;
+  p.factors = call.factors;
   p.ids = call.ids;
   p.weights = call.weights;
+  if (call.route != nullptr && part == AskPart::kAll) p.route = *call.route;
   p.n = static_cast<int32_t>(call.n);
   p.k = static_cast<int32_t>(c_.num_experts_per_tok);
   p.hidden = static_cast<int32_t>(c_.hidden_size);
@@ -247,11 +250,12 @@ absl::Status Bell::Add(const RoutedCall& call, cudaStream_t stream) {
   const uint32_t index = IndexOf(call);
   // The processes answer in order: what the layer before has deferred comes first, and is added while they
   // work on this layer's.
-  if (call.defer > 0 && call.index > 0) TANDEM_RETURN_IF_ERROR(AddAnswer(call, index - 1, stream));
-  return AddAnswer(call, index, stream);
+  if (call.defer > 0 && call.index > 0) TANDEM_RETURN_IF_ERROR(AddAnswer(call, index - 1, nullptr, stream));
+  return AddAnswer(call, index, call.next, stream);
 }
 
-absl::Status Bell::AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_t stream) {
+absl::Status Bell::AddAnswer(const RoutedCall& call, uint32_t index, const NormFormParams* next,
+                             cudaStream_t stream) {
   AnswerParams p;
   p.rings = states_;
   p.count = static_cast<int32_t>(rings_.size());
@@ -265,6 +269,7 @@ absl::Status Bell::AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_
   p.stop = stop_;
   p.failed = failed_;
   p.seen = seen_;
+  if (next != nullptr) p.next = *next;
   if (!p.wait) TANDEM_RETURN_IF_ERROR(Put(MemoryOpKind::kWait, p.index, stream));
   return ToStatus(LaunchAddAnswers(p, stream), "the experts' answer");
 }

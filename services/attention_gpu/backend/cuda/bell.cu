@@ -9,6 +9,8 @@
 
 #include "services/attention_gpu/backend/cuda/bell_kernels.h"
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
+#include "services/attention_gpu/backend/cuda/norm_form.cuh"
+#include "services/attention_gpu/backend/cuda/route.cuh"
 #include "services/attention_gpu/experts/deferral_rule.h"
 
 namespace tandem::attention::cuda {
@@ -73,15 +75,36 @@ __device__ __forceinline__ const RingState* ReadRings(const RingState* from, int
 }
 
 // What comes behind it begins only with its end: its first weights would stand in the way of what the routing
-// reads, and nobody waits for what is computed beside the experts.
+// reads, and nobody waits for what is computed beside the experts. With kPerLane, experts a lane of
+// RouteToken, the last n blocks route a token each while the others write activations.
+template <int kPerLane>
 __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
-  AwaitEarlier();
+  const int64_t routing = kPerLane > 0 ? p.n : 0;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) - (gridDim.x - routing);  // to route, if not below 0
+  if (kPerLane == 0 || t < 0 || p.keep != nullptr) AwaitEarlier();
   const RingState* const rings = p.keep != nullptr ? ReadRings(p.rings, p.count, p.keep) : p.rings;
-  const int64_t values = static_cast<int64_t>(p.n) * p.hidden / 4, pairs = static_cast<int64_t>(p.n) * p.k;
+  if constexpr (kPerLane > 0) {
+    if (t >= 0 && threadIdx.x < 32) {
+      RouteToken<kPerLane>(p.route, t, [&](int k, int32_t id, float weight) {
+        const int64_t i = t * p.k + k;
+        for (int r = 0; r < p.count; ++r) {
+          uint8_t* slot = SlotOf(rings[r], p.at, p.index);
+          reinterpret_cast<int32_t*>(slot + p.at.ids)[i] = id;
+          reinterpret_cast<float*>(slot + p.at.weights)[i] = weight;
+        }
+      });
+    }
+  }
+  const int64_t values = t >= 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
+  const int64_t pairs = kPerLane > 0 ? 0 : static_cast<int64_t>(p.n) * p.k;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t threads = (gridDim.x - routing) * kThreads;
   for (int64_t i = thread; i < values; i += threads) {
-    const float4 v = reinterpret_cast<const float4*>(p.normed)[i];
+    float4 v = reinterpret_cast<const float4*>(p.normed)[i];
+    if (p.factors.squares != nullptr) {
+      const float f = FactorOf(p.factors, PartOfSquares(p.factors, 4 * i / p.hidden));
+      v = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
+    }
     for (int r = 0; r < p.count; ++r) {
       uint8_t* to = SlotOf(rings[r], p.at, p.index) + p.at.input;
       if (p.float_input) {
@@ -200,13 +223,24 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
   const int64_t values = good == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const bool norms = p.next.weight != nullptr;
+  const int64_t fours = p.hidden / 4;
+  const auto weight = [&](int64_t i) {
+    return Constant16(reinterpret_cast<const uint4*>(p.next.weight) + i % fours);
+  };
   float4 ahead = make_float4(0, 0, 0, 0);
-  if (thread < values) ahead = AnswerAt(p, rings, thread);
+  uint4 weight_ahead = {};
+  if (thread < values) {
+    ahead = AnswerAt(p, rings, thread);
+    if (norms) weight_ahead = weight(thread);
+  }
   if (early) AwaitEarlier();
   for (int64_t i = thread; i < values; i += threads) {
     const float4 sum = i == thread ? ahead : AnswerAt(p, rings, i);
     float4& x = reinterpret_cast<float4*>(p.x)[i];
-    x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
+    const float4 v = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
+    x = v;
+    if (norms) NormFour(v, FloatsOf(i == thread ? weight_ahead : weight(i)), i / fours, i % fours, p.next);
   }
 }
 
@@ -219,12 +253,25 @@ unsigned Blocks(int64_t n, int64_t hidden, int most) {
 
 cudaError_t LaunchAsk(const AskParams& p, cudaStream_t stream) {
   if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
-  return LaunchEarly(Ask, Blocks(p.n, p.hidden, 4 * kMostBlocks), kThreads, 0, stream, p);
+  if (p.factors.squares != nullptr && p.factors.blocks * 32 != p.hidden) return cudaErrorInvalidValue;
+  const unsigned blocks = Blocks(p.n, p.hidden, 4 * kMostBlocks);
+  if (p.route.experts == 0) return LaunchEarly(Ask<0>, blocks, kThreads, 0, stream, p);
+  if (!CanRoute(p.route) || p.part != AskPart::kAll || p.route.n != p.n || p.route.top_k != p.k ||
+      p.route.ids != p.ids || p.route.weights != p.weights) {
+    return cudaErrorInvalidValue;
+  }
+  return LaunchEarly(FewExperts(p.route) ? Ask<kFewPerLane> : Ask<kMostPerLane>,
+                     blocks + static_cast<unsigned>(p.n), kThreads, 0, stream, p);
 }
 
 cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream) {
   if (p.count < 1 || p.count > kMostRings || p.n < 0 || p.hidden % 4 != 0) return cudaErrorInvalidValue;
   if (!p.double_output && p.count != 1) return cudaErrorInvalidValue;
+  if (p.next.weight != nullptr &&
+      (p.hidden % 32 != 0 || p.next.x != p.x || p.next.rows != p.n || p.next.cols != p.hidden ||
+       p.next.x_stride != p.hidden || p.next.row_ids != nullptr)) {
+    return cudaErrorInvalidValue;
+  }
   // Few blocks read over the bus; the rest of the GPU stays free.
   return LaunchEarly(Add, Blocks(p.n, p.hidden, kMostBlocks), kThreads, 0, stream, p);
 }

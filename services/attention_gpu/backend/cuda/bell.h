@@ -72,6 +72,7 @@ class Bell : public RoutedExperts {
   // (directly, or by a graph that was captured from such calls), then, when the stream has come to its end,
   // Finish. Where layers defer, the regions have kDeferralSlots slots.
   absl::Status Begin(uint64_t calls);
+  bool TakesFactors() const override { return true; }
   absl::Status Ask(const RoutedCall& call, cudaStream_t stream) override;
   absl::Status Add(const RoutedCall& call, cudaStream_t stream) override;
   // `made_all`: all calls were put on the stream. Unavailable: a process was lost; any other error is a
@@ -99,7 +100,8 @@ class Bell : public RoutedExperts {
   absl::Status Allocate();
   static uint32_t IndexOf(const RoutedCall& call);
   absl::Status AskFor(const RoutedCall& call, AskPart part, uint32_t index, cudaStream_t stream);
-  absl::Status AddAnswer(const RoutedCall& call, uint32_t index, cudaStream_t stream);
+  absl::Status AddAnswer(const RoutedCall& call, uint32_t index, const NormFormParams* next,
+                         cudaStream_t stream);
   std::vector<MemoryOp> OpsOf(MemoryOpKind kind, uint32_t index) const;
   absl::Status Put(MemoryOpKind kind, uint32_t index, cudaStream_t stream);
   HostCall* HostCallOf(uint32_t index);

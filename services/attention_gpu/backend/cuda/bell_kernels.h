@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "services/attention_gpu/backend/cuda/kernels.h"
+
 namespace tandem::attention::cuda {
 
 constexpr int kMostRings = 16;
@@ -54,12 +56,16 @@ struct AskParams {
   uint32_t precision = 0;                    // shm::CallPrecision
   bool float_input = false;                  // else bfloat16
   const float* normed = nullptr;             // [n, hidden]; hidden a multiple of 4
+  RowFactors factors;                        // of `normed`
   const int32_t* ids = nullptr;              // [n, k]
   const float* weights = nullptr;            // [n, k]
   int32_t n = 0, k = 1, hidden = 0;          // n 0: an empty call
   AskPart part = AskPart::kAll;
   int32_t defer = 0;                // experts of a token that defers
   const int32_t* defers = nullptr;  // [n] not 0: the token defers; unless kAll
+  // With experts > 0: the routing is made on the way, into `ids` and `weights`; kAll only, and n and top_k
+  // are those above.
+  RouteParams route;
   // With `ring` the last block raises the bells; else whoever comes next on the stream.
   bool ring = true;
   uint32_t* blocks_done = nullptr;  // 0 before and after
@@ -81,6 +87,8 @@ struct AnswerParams {
   uint32_t* failed = nullptr;
   // What the blocks know of the call that was last waited for; 0 before the first run.
   uint64_t* seen = nullptr;
+  // With a `weight`: the norm's form of the sums, of which x and the row's widths are those above.
+  NormFormParams next;
 };
 cudaError_t LaunchAddAnswers(const AnswerParams& p, cudaStream_t stream);
 

@@ -20,6 +20,7 @@
 namespace tandem::attention::cuda {
 namespace {
 
+using testing::Check;
 using testing::Peers;
 
 constexpr uint32_t kHidden = 512, kPairs = 4, kMostRows = 40;
@@ -185,6 +186,51 @@ TEST_P(BellTest, CallsOneAfterTheOther) {
       ASSERT_TRUE(s.ok()) << s;
       CheckSums(9, n, 1);
     }
+  }
+}
+
+// Activations that are still to be multiplied with their rows' factors, and a norm of what has been added.
+TEST_P(BellTest, FactorsOfRowsAndTheNextNorm) {
+  constexpr int64_t kRows = 11, kBlocks = kHidden / 32;
+  for (const bool float_input : {false, true}) {
+    Peers peers(2, kShape, AnswerAll, float_input);
+    const auto bell = Open(peers);
+    ASSERT_NE(bell, nullptr);
+    Clear();
+    // Half, a quarter, half ...: the processes see numbers that bfloat16 has.
+    std::vector<float> squares(kRows * kBlocks);
+    for (int64_t t = 0; t < kRows; ++t) {
+      for (int64_t b = 0; b < kBlocks; ++b) squares[t * kBlocks + b] = t % 2 == 0 ? 4 * 32 : 16 * 32;
+    }
+    std::mt19937 rng(3);
+    const testing::DeviceArray<float> d_squares(squares), weight(kernels::testing::Gaussian(rng, kHidden));
+    const testing::DeviceArray<float> y(kRows * kHidden), want_y(y.size()), sums(squares.size()),
+        want_sums(sums.size());
+    const testing::DeviceArray<int8_t> q(Int8FormRows(kRows, 1) * kHidden), want_q(q.size());
+    const testing::DeviceArray<float2> meta(q.size() / 32), want_meta(meta.size());
+    NormFormParams next{x_,      kHidden,    nullptr,    weight.get(), y.get(),
+                        q.get(), meta.get(), sums.get(), kRows,        kHidden};
+    ASSERT_TRUE(bell->Begin(1).ok());
+    RoutedCall call = Call(0, kRows, 0);
+    call.factors = {d_squares.get(), kBlocks, 0};
+    call.next = &next;
+    ASSERT_TRUE(bell->Ask(call, stream_).ok());
+    ASSERT_TRUE(bell->Add(call, stream_).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+    ASSERT_TRUE(bell->Finish(true, absl::OkStatus()).ok());
+    for (int64_t i = 0; i < kRows * kHidden; ++i) activations_[i] *= i / kHidden % 2 == 0 ? 0.5f : 0.25f;
+    CheckSums(1, kRows, 2);
+    for (int64_t i = 0; i < kRows * kHidden; ++i) activations_[i] *= i / kHidden % 2 == 0 ? 2 : 4;
+    next.y = want_y.get();
+    next.q = want_q.get();
+    next.q_meta = want_meta.get();
+    next.squares = want_sums.get();
+    Check(LaunchNormForm(next, nullptr));
+    EXPECT_EQ(y.Download(), want_y.Download());
+    EXPECT_EQ(q.Download(), want_q.Download());
+    EXPECT_EQ(sums.Download(), want_sums.Download());
+    EXPECT_EQ(std::memcmp(meta.Download().data(), want_meta.Download().data(), meta.size() * sizeof(float2)),
+              0);
   }
 }
 

@@ -165,19 +165,24 @@ void SmallKernels(int64_t rows) {
     std::printf("{\"bench\": \"cuda_small\", \"kernel\": \"%s\", \"rows\": %lld, \"microseconds\": %.2f}\n",
                 name, static_cast<long long>(rows), Time(64, launch) * 1e6);
   };
-  RmsNormParams norm;
+  const DeviceArray<float> squares(rows * hidden / 32);
+  NormFormParams norm;
   norm.x = x.get();
   norm.x_stride = norm.cols = hidden;
   norm.weight = weight.get();
   norm.y = y.get();
   norm.q = q.get();
   norm.q_meta = meta.get();
+  norm.squares = squares.get();
   norm.rows = rows;
-  report("norm 7168", [&](int, cudaStream_t s) { return LaunchRmsNorm(norm, s); });
-  RmsNormParams sum = norm;
-  sum.add = x.get();
-  sum.x_out = y.get() + rows * hidden;
-  report("add + norm 7168", [&](int, cudaStream_t s) { return LaunchRmsNorm(sum, s); });
+  report("norm 7168 and int8 form", [&](int, cudaStream_t s) { return LaunchNormForm(norm, s); });
+  RmsNormParams whole;
+  whole.x = x.get();
+  whole.x_stride = whole.cols = hidden;
+  whole.weight = weight.get();
+  whole.y = y.get();
+  whole.rows = rows;
+  report("whole norm 7168", [&](int, cudaStream_t s) { return LaunchRmsNorm(whole, s); });
   report("add 7168", [&](int, cudaStream_t s) { return LaunchAdd(y.get(), x.get(), rows * hidden, s); });
   report("silu 2048", [&](int, cudaStream_t s) {
     return LaunchSiluMul({x.get(), x.get(), y.get(), q.get(), meta.get(), rows, inner}, s);

@@ -26,6 +26,7 @@
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/mma.cuh"
+#include "services/attention_gpu/backend/cuda/norm_form.cuh"
 
 namespace tandem::attention::cuda {
 
@@ -113,6 +114,9 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   AwaitEarlier();
   float sum[4] = {};
   Columns x(p, w.batch, first_column, lane);
+  const bool scaled = p.x.factors.squares != nullptr && w.share == 0;
+  float squares = 0;  // of column lane / 4
+  if (scaled) squares = PartOfSquares(p.x.factors, min(first_column + (lane >> 2), p.columns - 1));
   // `ready` before a unit is multiplied, `copy` for the one that takes its place.
   auto multiply = [&](const auto& ready, const auto& copy) {
 #pragma unroll
@@ -156,6 +160,13 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
       for (int s = 1; s < shares; ++s) sum[i] += parts[w.warp + s][i][lane];
     }
   }
+  if (scaled) {
+    const float factor = FactorOf(p.x.factors, squares);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[i] *= __shfl_sync(0xffffffffu, factor, (2 * (lane & 3) + (i & 1)) * 4);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = first_column + 2 * (lane & 3) + (i & 1);
@@ -188,6 +199,9 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     const int unit = w.share + i * w.shares;
     if (unit < units) stage[i].LoadColumn(q, meta, unit, w.lane);
   }
+  const bool scaled = p.x.factors.squares != nullptr && w.share == 0;
+  float squares = 0;
+  if (scaled) squares = PartOfSquares(p.x.factors, 0);
   float sum[2] = {0, 0};
   for (int unit = w.share; unit < units;) {
 #pragma unroll
@@ -213,6 +227,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     if (w.share != 0) return;
     for (int s = 1; s < w.shares; ++s) total += parts[w.warp + s][place];
   }
+  if (scaled) total *= FactorOf(p.x.factors, squares);
   if (goes_on) w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
 }
 

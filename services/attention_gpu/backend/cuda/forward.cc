@@ -33,6 +33,7 @@ absl::Status Forward::ForPieces(int64_t rows, const F& f) const {
 
 absl::Status Forward::Layers(RoutedExperts* experts, int32_t defer, cudaStream_t stream) {
   stream_ = stream;
+  formed_ = false;
   TANDEM_RETURN_IF_ERROR(work_.Fetch(stream_));
   TANDEM_RETURN_IF_ERROR(
       ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
@@ -54,10 +55,41 @@ absl::Status Forward::Logits(int64_t first, int64_t count, cudaStream_t stream) 
   return Run(a, count, {{&weights_.head, work_.logits, c_.vocab_size}});
 }
 
-// y = norm(x), [rows, cols] without gaps. With few columns the int8 form is made in the same pass and
-// returned.
+NormFormParams Forward::FormOf(const float* x, int64_t x_stride, const int32_t* row_ids, const float* weight,
+                               float* y, int64_t rows, int64_t cols) const {
+  NormFormParams p;
+  p.x = x;
+  p.x_stride = x_stride;
+  p.row_ids = row_ids;
+  p.weight = weight;
+  p.y = y;
+  p.q = work_.form_q;
+  p.q_meta = work_.form_q_meta;
+  p.squares = work_.squares;
+  p.rows = rows;
+  p.cols = cols;
+  return p;
+}
+
+// What LaunchNormForm leaves to products.
+Activations Forward::Formed(const NormFormParams& p) const {
+  Activations a;
+  a.x = p.y;
+  a.x_stride = a.cols = p.cols;
+  a.q = p.q;
+  a.q_meta = p.q_meta;
+  a.factors = {p.squares, static_cast<int32_t>(p.cols / 32), static_cast<float>(c_.rms_norm_eps)};
+  return a;
+}
+
 absl::StatusOr<Activations> Forward::Norm(const float* x, int64_t x_stride, const int32_t* row_ids,
-                                          const float* weight, float* y, int64_t rows, int64_t cols) {
+                                          const float* weight, float* y, int64_t rows, int64_t cols,
+                                          bool whole) {
+  if (Small(rows) && !whole) {
+    const NormFormParams p = FormOf(x, x_stride, row_ids, weight, y, rows, cols);
+    TANDEM_RETURN_IF_ERROR(ToStatus(LaunchNormForm(p, stream_), "a norm"));
+    return Formed(p);
+  }
   RmsNormParams p;
   p.x = x;
   p.x_stride = x_stride;
@@ -70,12 +102,8 @@ absl::StatusOr<Activations> Forward::Norm(const float* x, int64_t x_stride, cons
   Activations a;
   a.x = y;
   a.x_stride = a.cols = cols;
-  if (Small(rows)) {
-    a.q = p.q = work_.form_q;
-    a.q_meta = p.q_meta = work_.form_q_meta;
-  }
   TANDEM_RETURN_IF_ERROR(ToStatus(LaunchRmsNorm(p, stream_), "a norm"));
-  if (!Small(rows)) TANDEM_RETURN_IF_ERROR(MakeForm(a, rows, false));
+  TANDEM_RETURN_IF_ERROR(MakeForm(a, rows, Small(rows)));
   return a;
 }
 
@@ -156,7 +184,13 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   const auto lora = static_cast<int32_t>(c_.kv_lora_rank), rope = static_cast<int32_t>(c_.qk_rope_head_dim);
   float* const x = work_.x + piece.first * hidden;
   const StepRows rows = work_.RowsFrom(piece.first);
-  TANDEM_ASSIGN_OR_RETURN(Activations a, Norm(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
+  Activations a;
+  if (formed_) {
+    a = Formed(FormOf(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
+    formed_ = false;
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(a, Norm(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
+  }
   if (c_.q_lora_rank > 0) {
     TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_a, work_.q_a, c_.q_lora_rank}, {&w.kv_a, work_.kv, width}}));
     TANDEM_ASSIGN_OR_RETURN(
@@ -250,15 +284,33 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t
   call.defer = defer;
   call.defers = work_.generated;
   call.last = layer + 1 == c_.num_hidden_layers;
+  const bool few = moe && Small(work_.n) && experts->TakesFactors();
   Activations a;
+  RouteParams route;
   TANDEM_RETURN_IF_ERROR(ForPieces(together, [&](const Piece& piece) -> absl::Status {
     const int64_t at = piece.first * hidden;
     TANDEM_ASSIGN_OR_RETURN(
-        a, Norm(work_.x + at, hidden, nullptr, w.ffn_norm, work_.normed + at, piece.n, hidden));
-    if (moe) TANDEM_RETURN_IF_ERROR(Choose(w, a, piece));
+        a, Norm(work_.x + at, hidden, nullptr, w.ffn_norm, work_.normed + at, piece.n, hidden, moe && !few));
+    if (moe) {
+      TANDEM_RETURN_IF_ERROR(Run(a, piece.n, {{&w.router, work_.router_logits, c_.n_routed_experts}}));
+      route = RouteOf(w, piece);
+      if (!few) TANDEM_RETURN_IF_ERROR(ToStatus(LaunchRoute(route, stream_), "the router"));
+    }
     return !moe && w.has_ffn ? DenseExpert(w, a, piece) : absl::OkStatus();
   }));
   if (!moe) return absl::OkStatus();
+  if (few) {
+    call.factors = a.factors;
+    call.route = &route;
+  }
+  // Where one attention of few rows comes next, its norm goes with the answer.
+  NormFormParams next;
+  if (few && !call.last && work_.blocks.size() == 1 && !work_.blocks[0].expanded) {
+    next =
+        FormOf(work_.x, hidden, nullptr, weights_.layers[layer + 1].attn_norm, work_.normed, work_.n, hidden);
+    call.next = &next;
+    formed_ = true;
+  }
   TANDEM_RETURN_IF_ERROR(experts->Ask(call, stream_));
   if (w.has_ffn) {  // the shared expert while the others work
     TANDEM_RETURN_IF_ERROR(ForPieces(together, [&](const Piece& piece) -> absl::Status {
@@ -294,10 +346,9 @@ absl::Status Forward::DenseExpert(const DeviceLayer& w, const Activations& a, co
   return Run(middle, n, {{&w.ffn.down, work_.x + piece.first * hidden, hidden, /*accumulate=*/true}});
 }
 
-// Which experts each token of the piece goes to.
-absl::Status Forward::Choose(const DeviceLayer& w, const Activations& a, const Piece& piece) {
+// From the router's logits: which experts each token of the piece goes to.
+RouteParams Forward::RouteOf(const DeviceLayer& w, const Piece& piece) const {
   const int64_t k = c_.num_experts_per_tok;
-  TANDEM_RETURN_IF_ERROR(Run(a, piece.n, {{&w.router, work_.router_logits, c_.n_routed_experts}}));
   RouteParams p;
   p.logits = work_.router_logits;
   p.bias = w.router_bias;
@@ -311,7 +362,7 @@ absl::Status Forward::Choose(const DeviceLayer& w, const Activations& a, const P
   p.sigmoid = c_.scoring_func == model::ScoringFunc::kSigmoid;
   p.normalize = c_.norm_topk_prob;
   p.scale = static_cast<float>(c_.routed_scaling_factor);
-  return ToStatus(LaunchRoute(p, stream_), "the router");
+  return p;
 }
 
 }  // namespace tandem::attention::cuda

@@ -53,8 +53,14 @@ class Forward {
   };
   static bool Small(int64_t columns) { return columns <= kMaxColumns; }
 
+  // norm(x) for what products read; `y` has room for it. Of few rows the products multiply the factors,
+  // unless `whole`.
   absl::StatusOr<Activations> Norm(const float* x, int64_t x_stride, const int32_t* row_ids,
-                                   const float* weight, float* y, int64_t rows, int64_t cols);
+                                   const float* weight, float* y, int64_t rows, int64_t cols,
+                                   bool whole = false);
+  NormFormParams FormOf(const float* x, int64_t x_stride, const int32_t* row_ids, const float* weight,
+                        float* y, int64_t rows, int64_t cols) const;
+  Activations Formed(const NormFormParams& p) const;
   absl::Status MakeForm(Activations& a, int64_t rows, bool small, int64_t heads = 1);
   absl::Status Run(const ProductParams& p);
   absl::Status Run(const Activations& a, int64_t columns, std::initializer_list<Product> products);
@@ -77,7 +83,7 @@ class Forward {
     return reinterpret_cast<T*>(work_.scratch() + offset);
   }
   absl::Status FeedForward(int64_t layer, RoutedExperts* experts, int32_t defer);
-  absl::Status Choose(const DeviceLayer& w, const Activations& a, const Piece& piece);
+  RouteParams RouteOf(const DeviceLayer& w, const Piece& piece) const;
   absl::Status DenseExpert(const DeviceLayer& w, const Activations& a, const Piece& piece);
   template <typename F>
   absl::Status ForPieces(int64_t rows, const F& f) const;
@@ -88,6 +94,7 @@ class Forward {
   Workspace& work_;
   const float scale_;
   cudaStream_t stream_ = nullptr;  // of the call under way
+  bool formed_ = false;            // the norm in front of the next attention is there
 };
 
 }  // namespace tandem::attention::cuda

@@ -98,7 +98,7 @@ class DeviceActivations {
                            q_.get(), meta_.get(), h_.get(), scale_.get()};
     Check(LaunchQuantize(p, nullptr));
     Check(LaunchToHalf(p, nullptr));
-    activations_ = {x_.get(), stride, q_.get(), meta_.get(), h_.get(), scale_.get(), cols};
+    activations_ = {x_.get(), stride, q_.get(), meta_.get(), h_.get(), scale_.get(), cols, {}};
   }
   const Activations& get() const { return activations_; }
   // The int8 form, row by row: [rows, cols] and [rows, cols / 32].

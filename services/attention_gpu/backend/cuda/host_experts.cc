@@ -35,14 +35,28 @@ absl::Status HostExperts::Ask(const RoutedCall& call, cudaStream_t stream) {
                     "copying to the host");
   };
   const int64_t pairs = call.n * c_.num_experts_per_tok;
+  if (call.route != nullptr) TANDEM_RETURN_IF_ERROR(ToStatus(LaunchRoute(*call.route, stream), "the router"));
   TANDEM_RETURN_IF_ERROR(to_host(host_ids_, call.ids, pairs));
   TANDEM_RETURN_IF_ERROR(to_host(host_weights_, call.weights, pairs));
-  TANDEM_RETURN_IF_ERROR(to_host(host_normed_, call.normed, call.n * c_.hidden_size));
+  const float* normed = call.normed;
+  if (call.factors.squares != nullptr) {  // routed_ is free until the answer comes
+    TANDEM_RETURN_IF_ERROR(
+        ToStatus(LaunchScaleRows(call.normed, call.factors, routed_, call.n, c_.hidden_size, stream),
+                 "activations for the experts"));
+    normed = routed_;
+  }
+  TANDEM_RETURN_IF_ERROR(to_host(host_normed_, normed, call.n * c_.hidden_size));
   if (call.defer > 0) TANDEM_RETURN_IF_ERROR(to_host(host_defers_, call.defers, call.n));
   return ToStatus(cudaEventRecord(ready_, stream), "the router");
 }
 
 absl::Status HostExperts::Add(const RoutedCall& call, cudaStream_t stream) {
+  TANDEM_RETURN_IF_ERROR(AddAnswers(call, stream));
+  if (call.next == nullptr) return absl::OkStatus();
+  return ToStatus(LaunchNormForm(*call.next, stream), "a norm");
+}
+
+absl::Status HostExperts::AddAnswers(const RoutedCall& call, cudaStream_t stream) {
   const int64_t k = c_.num_experts_per_tok;
   TANDEM_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(ready_), "the layers before the experts"));
   const auto layer = static_cast<int32_t>(call.layer);

@@ -31,10 +31,12 @@ class HostExperts : public RoutedExperts {
   // Each call's routing is added to *trace; null: not kept.
   void Trace(std::vector<RoutingTrace>* trace) { trace_ = trace; }
 
+  bool TakesFactors() const override { return true; }
   absl::Status Ask(const RoutedCall& call, cudaStream_t stream) override;
   absl::Status Add(const RoutedCall& call, cudaStream_t stream) override;
 
  private:
+  absl::Status AddAnswers(const RoutedCall& call, cudaStream_t stream);
   absl::Status Fetch(const RoutedCall& call, const int32_t* ids, const float* weights, float* host,
                      float* device, cudaStream_t stream);
 

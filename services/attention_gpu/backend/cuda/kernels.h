@@ -33,6 +33,14 @@ struct DeviceMatrix {
   int64_t row_bytes = 0;  // a multiple of 16
 };
 
+// What rows are still to be multiplied with: 1 / sqrt(mean of squares + eps), from the sums of squares of
+// each 32 values, [rows, blocks], aligned to 16 bytes. Null: nothing. LaunchNormForm makes them.
+struct RowFactors {
+  const float* squares = nullptr;
+  int32_t blocks = 0;
+  float eps = 0;
+};
+
 // Activations in the forms that products read, for `rows` vectors of `cols` values. Row j * heads + h is
 // column j of the product of head h; heads is 1 but for products that have a matrix for each head.
 struct Activations {
@@ -46,6 +54,7 @@ struct Activations {
   const uint16_t* h = nullptr;     // [rows, cols] float16, aligned to 16 bytes; x = h * h_scale
   const float* h_scale = nullptr;  // [rows]; null: ones
   int64_t cols = 0;
+  RowFactors factors;  // of x and q, which products multiply their results with; not with heads
 };
 inline int64_t Int8FormRows(int64_t rows, int64_t heads) { return (rows / heads + 7) / 8 * 8 * heads; }
 
@@ -129,8 +138,7 @@ struct EmbedParams {
 };
 cudaError_t LaunchEmbed(const EmbedParams& p, cudaStream_t stream);
 
-// y = x / sqrt(mean(x^2) + eps) * weight for each row; and, where q is given, the int8 form of y. Where `add`
-// is given, x + add (+ add2) stands for x, and without row_ids is also stored in x_out.
+// y = x / sqrt(mean(x^2) + eps) * weight for each row.
 struct RmsNormParams {
   const float* x = nullptr;
   int64_t x_stride = 0;
@@ -138,15 +146,29 @@ struct RmsNormParams {
   const float* weight = nullptr;     // [cols]
   float eps = 0;
   float* y = nullptr;  // [rows, cols], may be x if x_stride == cols and there are no row_ids
-  int8_t* q = nullptr;
-  float2* q_meta = nullptr;
   int64_t rows = 0;
-  int64_t cols = 0;             // a multiple of 32
-  const float* add = nullptr;   // rows x_stride apart, as those of x
-  const float* add2 = nullptr;  // not without `add`
-  float* x_out = nullptr;       // may be x; rows x_stride apart
+  int64_t cols = 0;  // a multiple of 32
 };
 cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream);
+
+// The same but for the rows' factors: y = x * weight, its int8 form, and the squares of x that RowFactors
+// wants. Nobody waits for a row's sum, so this costs no more than a copy.
+struct NormFormParams {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const int32_t* row_ids = nullptr;  // as in RmsNormParams
+  const float* weight = nullptr;     // [cols], aligned to 16 bytes
+  float* y = nullptr;                // as in RmsNormParams; null: not wanted
+  int8_t* q = nullptr;               // null: not wanted
+  float2* q_meta = nullptr;
+  float* squares = nullptr;  // [rows, cols / 32]
+  int64_t rows = 0;
+  int64_t cols = 0;  // a multiple of 32
+};
+cudaError_t LaunchNormForm(const NormFormParams& p, cudaStream_t stream);
+// y = x times its rows' factors, [rows, cols].
+cudaError_t LaunchScaleRows(const float* x, const RowFactors& factors, float* y, int64_t rows, int64_t cols,
+                            cudaStream_t stream);
 
 // y = gate / (1 + exp(-gate)) * up; and, where q is given, the int8 form of y. All [rows, cols], dense.
 struct SiluMulParams {

@@ -133,6 +133,13 @@ __global__ void __launch_bounds__(kRowThreads) RowProduct(const __grid_constant_
     const int column = min(first_column + j, p.columns - 1);
     x[j] = reinterpret_cast<const float4*>(p.x.x + (batch * p.x_batch + column * p.x_column) * p.x.x_stride);
   }
+  const bool scaled = p.x.factors.squares != nullptr && threadIdx.x < 32;
+  float squares = 0;  // of the column that four lanes have, up to column kColumns - 1
+  if (scaled) {
+    const int column =
+        min(first_column + min(static_cast<int>(threadIdx.x) >> 2, kColumns - 1), p.columns - 1);
+    squares = PartOfSquares(p.x.factors, column);
+  }
   float sum[kColumns] = {};
   auto add = [&](int first, const float4* a) {
     float4 b[kTogether][kColumns];
@@ -157,9 +164,11 @@ __global__ void __launch_bounds__(kRowThreads) RowProduct(const __grid_constant_
     const float4 a[kTogether] = {weight(k), weight(k + 1), weight(k + 2), weight(k + 3)};
     add(k, a);
   }
+  const float factors = scaled ? FactorOf(p.x.factors, squares) : 1.0f;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
-    const float total = BlockReduce<kRowThreads>(sum[j], [](float a, float b) { return a + b; });
+    float total = BlockReduce<kRowThreads>(sum[j], [](float a, float b) { return a + b; });
+    if (scaled) total *= __shfl_sync(0xffffffffu, factors, 4 * j);
     if (threadIdx.x != 0 || first_column + j >= p.columns) continue;
     float* y = p.y + batch * p.y_batch + (first_column + j) * p.y_column + row;
     *y = p.accumulate ? *y + total : total;
@@ -183,8 +192,9 @@ cudaError_t LaunchRowProduct(const ProductParams& p, cudaStream_t stream) {
 }
 
 bool SameActivations(const ProductParams& a, const ProductParams& b) {
-  return a.x.x == b.x.x && a.x.x_stride == b.x.x_stride && a.x.q == b.x.q && a.x_batch == b.x_batch &&
-         a.x_column == b.x_column && a.columns == b.columns && a.batches == b.batches;
+  return a.x.x == b.x.x && a.x.x_stride == b.x.x_stride && a.x.q == b.x.q &&
+         a.x.factors.squares == b.x.factors.squares && a.x_batch == b.x_batch && a.x_column == b.x_column &&
+         a.columns == b.columns && a.batches == b.batches;
 }
 
 // Of one type, width and activations.
@@ -209,6 +219,9 @@ cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream
   for (int at = 0; at < count;) {
     const ProductParams& first = p[at];
     if (first.columns > kMaxColumns && first.w.type != kF32) return cudaErrorInvalidValue;
+    if (first.x.factors.squares != nullptr && (first.batches != 1 || first.x_column != 1)) {
+      return cudaErrorInvalidValue;
+    }
     int some = 1;
     cudaError_t e = cudaSuccess;
     if (first.columns > 0 && first.w.rows > 0 && first.batches > 0) {

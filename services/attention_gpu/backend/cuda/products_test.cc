@@ -199,6 +199,50 @@ TEST(CudaProducts, AColumnHasTheSameBitsInAnyCompany) {
   }
 }
 
+// What norms leave to products: each column times its row's factor.
+TEST(CudaProducts, FactorsOfRows) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(14);
+  for (TensorType type : DeviceTypes()) {
+    // Rows that 8 warps share, that 2 share, that each warp has alone; a number of blocks that fours do not
+    // divide.
+    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{77, 4352}, {9000, 768}, {33000, 256}}) {
+      const Weights w = RandomBlocks(rng, type, rows, cols);
+      const DeviceWeight device(w.m);
+      for (int columns : {1, 2, 3, 11, 64}) {
+        const auto x = Gaussian(rng, columns * cols);
+        const DeviceActivations a(x, columns, cols, cols);
+        std::vector<float> sums(columns * cols / 32);
+        for (float& s : sums) s = 0.5f + static_cast<float>(rng() % 1000);
+        const DeviceArray<float> squares(sums), factor(columns * 32);
+        const DeviceArray<float> ones(std::vector<float>(columns * 32, 1.0f));
+        const RowFactors factors{squares.get(), static_cast<int32_t>(cols / 32), 1e-3f};
+        Check(LaunchScaleRows(ones.get(), factors, factor.get(), columns, 32, nullptr));
+        DeviceArray<float> y(rows * columns);
+        ProductParams p;
+        p.w = device.matrix();
+        p.x = a.get();
+        p.x.factors = factors;
+        p.y = y.get();
+        p.y_column = rows;
+        p.columns = columns;
+        Check(LaunchMatVec(p, nullptr));
+        const auto got = y.Download(), plain = Product(device.matrix(), a, columns, false),
+                   f = factor.Download();
+        for (int j = 0; j < columns; ++j) {
+          double mean = 0;
+          for (int64_t b = 0; b < cols / 32; ++b) mean += sums[j * cols / 32 + b] / static_cast<double>(cols);
+          ASSERT_NEAR(f[j * 32], 1 / std::sqrt(mean + 1e-3), 1e-6 * f[j * 32]);
+          for (int64_t r = 0; r < rows; ++r) {
+            ASSERT_EQ(got[j * rows + r], plain[j * rows + r] * f[j * 32])
+                << Name(type, {rows, cols, columns}) << ", row " << r << ", column " << j;
+          }
+        }
+      }
+    }
+  }
+}
+
 // One launch for several matrices gives what one launch for each gives.
 TEST(CudaProducts, SeveralMatricesOfTheSameActivations) {
   TANDEM_NEEDS_GPU();

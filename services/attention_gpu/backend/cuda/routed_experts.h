@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "services/attention_gpu/backend/cuda/kernels.h"
 
 namespace tandem::attention::cuda {
 
@@ -24,12 +25,19 @@ struct RoutedCall {
   int32_t defer = 0;
   const int32_t* defers = nullptr;  // [n], if defer > 0
   bool last = false;                // MoE layer of the step, of which nothing is deferred
+  RowFactors factors;               // of `normed`, where TakesFactors
+  // Where TakesFactors: the norm of x that Add makes when all is added; until Add returns. Null: none.
+  const NormFormParams* next = nullptr;
+  // Where TakesFactors: the routing is still to be made, by Ask, into `ids` and `weights`. Null: it is there.
+  const RouteParams* route = nullptr;
 };
 
 // Ask, other work of the layer, then Add; all on one stream.
 class RoutedExperts {
  public:
   virtual ~RoutedExperts() = default;
+  // Whether calls may have `factors`, `next` and `route`.
+  virtual bool TakesFactors() const { return false; }
   virtual absl::Status Ask(const RoutedCall& call, cudaStream_t stream) = 0;
   // x += what the layer before has deferred, then x += the experts' weighted sum.
   virtual absl::Status Add(const RoutedCall& call, cudaStream_t stream) = 0;

@@ -5,13 +5,12 @@
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
 #include "services/attention_gpu/backend/cuda/reduce.cuh"
+#include "services/attention_gpu/backend/cuda/route.cuh"
 
 namespace tandem::attention::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMostExperts = 1024;
-constexpr float kOut = -INFINITY;
 constexpr float kSmallest = 1e-30f;  // a latent whose largest value is below counts as zero
 
 __device__ __forceinline__ uint16_t Bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
@@ -92,174 +91,10 @@ __global__ void __launch_bounds__(kThreads) Query(const QueryParams p, const Cac
   }
 }
 
-// The largest value and its index; the lower index of equal ones.
-struct Best {
-  float value;
-  int32_t index;
-};
-__device__ __forceinline__ Best Better(const Best& a, const Best& b) {
-  return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
-}
-__device__ __forceinline__ Best WarpBest(Best v) {
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) {
-    v = Better(v, {__shfl_xor_sync(0xffffffffu, v.value, step), __shfl_xor_sync(0xffffffffu, v.index, step)});
-  }
-  return v;
-}
-
-// The best of values[0, n) over a warp.
-__device__ __forceinline__ Best BestOf(const float* values, int n, int lane) {
-  Best best{kOut, n};
-  for (int i = lane; i < n; i += 32) best = Better(best, {values[i], i});
-  return WarpBest(best);
-}
-
-// Floats as integers of the same order, above 0; -infinity is the least of them.
-__device__ __forceinline__ uint32_t Ordered(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// One warp a token; lane l has kPerLane experts, from l * kPerLane on.
 template <int kPerLane>
 __global__ void __launch_bounds__(32) Route(const RouteParams p) {
-  __shared__ float selection[32 * kPerLane], group[32 * kPerLane];
   LetNextBegin();
-  const int lane = threadIdx.x, n = p.experts, first = lane * kPerLane;
-  float bias[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    bias[i] = p.bias != nullptr && first + i < n ? __uint_as_float(Constant4(p.bias + first + i)) : 0.0f;
-  }
-  AwaitEarlier();
-  const int64_t t = blockIdx.x;
-  if (p.position != nullptr && p.position[t] < 0) {
-    for (int k = lane; k < p.top_k; k += 32) {
-      p.ids[t * p.top_k + k] = -1;
-      p.weights[t * p.top_k + k] = 0;
-    }
-    return;
-  }
-  const float* logits = p.logits + t * n;
-  float score[kPerLane], chosen_by[kPerLane], top = kOut, sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) score[i] = first + i < n ? logits[first + i] : kOut;
-  if (!p.sigmoid) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, score[i]);
-    top = WarpReduce(top, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (first + i < n) sum += expf(score[i] - top);
-    }
-    sum = WarpReduce(sum, [](float a, float b) { return a + b; });
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    score[i] = p.sigmoid ? 1.0f / (1.0f + expf(-score[i])) : expf(score[i] - top) / sum;
-    const float by = score[i] + bias[i];
-    chosen_by[i] = isnan(by) ? -3.402823466e38f : by;  // loses, but is in range
-  }
-
-  const int size = n / p.groups, lanes = size / kPerLane;  // of a group
-  if (p.groups > 1 && n == 32 * kPerLane && size == lanes * kPerLane && (lanes & (lanes - 1)) == 0) {
-    // A group is that of whole neighbouring lanes: it stays in registers.
-    float best = kOut, second = kOut;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      second = fmaxf(second, fminf(best, chosen_by[i]));
-      best = fmaxf(best, chosen_by[i]);
-    }
-    for (int step = 1; step < lanes; step <<= 1) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, step);
-      const float other_second = __shfl_xor_sync(0xffffffffu, second, step);
-      second = fmaxf(fmaxf(second, other_second), fminf(best, other));
-      best = fmaxf(best, other);
-    }
-    const float mine = p.sigmoid && size > 1 ? best + second : best;
-    const int g = lane / lanes;
-    int before = 0;  // groups that come before this one
-    for (int k = 0; k < p.groups; ++k) {
-      const float other = __shfl_sync(0xffffffffu, mine, k * lanes);
-      if (other > mine || (other == mine && k < g)) ++before;
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (before >= p.top_groups) chosen_by[i] = kOut;
-    }
-  } else if (p.groups > 1) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) selection[first + i] = chosen_by[i];
-    __syncwarp();
-    for (int g = lane; g < p.groups; g += 32) {
-      float best = kOut, second = kOut;
-#pragma unroll 8
-      for (int i = 0; i < size; ++i) {
-        const float s = selection[g * size + i];
-        second = fmaxf(second, fminf(best, s));
-        best = fmaxf(best, s);
-      }
-      group[g] = p.sigmoid && size > 1 ? best + second : best;
-    }
-    __syncwarp();
-    // The groups that are kept are marked with NaN, which no later comparison takes for the best.
-    for (int k = 0; k < p.top_groups; ++k) {
-      const Best best = BestOf(group, p.groups, lane);
-      __syncwarp();
-      if (lane == 0 && best.index < p.groups) group[best.index] = NAN;
-      __syncwarp();
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int g = (first + i) / size;
-      if (g < p.groups && !isnan(group[g])) chosen_by[i] = kOut;
-    }
-  }
-
-  // The best of this lane, again after one of its experts was taken.
-  uint32_t best = 0;
-  int at = 0;
-  auto look = [&] {
-    best = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const uint32_t key = first + i < n ? Ordered(chosen_by[i]) : 0;
-      if (key > best) best = key, at = i;
-    }
-  };
-  look();
-  float total = 0, kept = 0;  // the last weight that this lane has taken
-  auto put = [&](int k, float w) {
-    if (p.normalize) w /= fmaxf(total, 6.103515625e-5f);
-    p.weights[t * p.top_k + k] = w * p.scale;
-  };
-  for (int k = 0; k < p.top_k; ++k) {
-    const uint32_t largest = __reduce_max_sync(0xffffffffu, best);
-    const int owner = __ffs(__ballot_sync(0xffffffffu, best == largest)) - 1;  // the lowest id of equal ones
-    float mine = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i == at) mine = score[i];
-    }
-    const int e = __shfl_sync(0xffffffffu, first + at, owner);
-    const float s = __shfl_sync(0xffffffffu, mine, owner);
-    total += s;
-    if ((k & 31) == lane) {
-      p.ids[t * p.top_k + k] = e;
-      if (k + 32 < p.top_k) p.weights[t * p.top_k + k] = s;
-      kept = s;
-    }
-    if (lane == owner) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i == at) chosen_by[i] = kOut;
-      }
-      look();
-    }
-  }
-  // Of its own weights, the last from a register.
-  for (int k = lane; k < p.top_k; k += 32) put(k, k + 32 < p.top_k ? p.weights[t * p.top_k + k] : kept);
+  RouteToken<kPerLane>(p, blockIdx.x, [](int, int32_t, float) {});
 }
 
 constexpr int kArgmaxThreads = 1024;
@@ -304,11 +139,8 @@ cudaError_t LaunchQueryAndCacheWrite(const QueryParams& p, const CacheWriteParam
 
 cudaError_t LaunchRoute(const RouteParams& p, cudaStream_t stream) {
   if (p.n <= 0) return cudaSuccess;
-  if (p.experts < 1 || p.experts > kMostExperts || p.top_k < 1 || p.top_k > p.experts || p.groups < 1 ||
-      p.groups > p.experts) {
-    return cudaErrorInvalidValue;
-  }
-  return LaunchEarly(p.experts <= 256 ? Route<8> : Route<kMostExperts / 32>, static_cast<unsigned>(p.n), 32,
+  if (!CanRoute(p)) return cudaErrorInvalidValue;
+  return LaunchEarly(FewExperts(p) ? Route<kFewPerLane> : Route<kMostPerLane>, static_cast<unsigned>(p.n), 32,
                      0, stream, p);
 }
 

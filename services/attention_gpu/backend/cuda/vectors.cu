@@ -4,6 +4,7 @@
 #include "services/attention_gpu/backend/cuda/dependent_launch.cuh"
 #include "services/attention_gpu/backend/cuda/int8_form.cuh"
 #include "services/attention_gpu/backend/cuda/kernels.h"
+#include "services/attention_gpu/backend/cuda/norm_form.cuh"
 #include "services/attention_gpu/backend/cuda/reduce.cuh"
 
 namespace tandem::attention::cuda {
@@ -63,26 +64,9 @@ __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
   const int64_t row = blockIdx.x;
   const int64_t from = p.row_ids != nullptr ? p.row_ids[row] : row;
   const float4* x = reinterpret_cast<const float4*>(p.x + from * p.x_stride);
-  const float4* add = reinterpret_cast<const float4*>(p.add + from * p.x_stride);
-  const float4* add2 = reinterpret_cast<const float4*>(p.add2 + from * p.x_stride);
-  float4* x_out = reinterpret_cast<float4*>(p.x_out + from * p.x_stride);
-  const bool adds = p.add != nullptr, adds2 = p.add2 != nullptr, stores = adds && p.row_ids == nullptr;
   float sum = 0;
-  auto read = [&](int64_t i) {
-    float4 v = x[i];
-    if (adds) {
-      const float4 a = add[i];
-      v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
-    }
-    if (adds2) {
-      const float4 a = add2[i];
-      v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
-    }
-    return v;
-  };
   auto first = [&](int64_t i) {
-    const float4 v = read(i);
-    if (stores) x_out[i] = v;
+    const float4 v = x[i];
     sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum),
     sum = fmaf(v.w, v.w, sum);
     return v;
@@ -98,23 +82,39 @@ __global__ void __launch_bounds__(kNormThreads) RmsNorm(const RmsNormParams p) {
   const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.cols) + p.eps);
   float4* y = reinterpret_cast<float4*>(p.y + row * p.cols);
   auto second = [&](int64_t i, const float4& v, const float4& w) {
-    const float4 out =
-        make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
-    y[i] = out;
-    if (p.q != nullptr) QuantizeFour(out, row, i, {p.q, p.q_meta, p.rows, p.cols, 1});
+    y[i] = make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
   };
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t i = threadIdx.x + k * kNormThreads;
     if (i >= fours) continue;
-    const uint4& w = weights[k];
-    second(
-        i, kept[k],
-        make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)));
+    second(i, kept[k], FloatsOf(weights[k]));
   }
   for (int64_t i = threadIdx.x + kKept * kNormThreads; i < fours; i += kNormThreads) {
-    second(i, stores ? x_out[i] : read(i), __ldg(weight + i));
+    second(i, x[i], __ldg(weight + i));
   }
+}
+
+__global__ void __launch_bounds__(kThreads) NormForm(const NormFormParams p) {
+  LetNextBegin();
+  const int64_t fours = p.cols >> 2;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = i / fours, at = i % fours;
+  const uint4 w = Constant16(reinterpret_cast<const uint4*>(p.weight) + at);
+  AwaitEarlier();
+  if (row >= p.rows) return;
+  const int64_t from = p.row_ids != nullptr ? p.row_ids[row] : row;
+  const float4 v = reinterpret_cast<const float4*>(p.x + from * p.x_stride)[at];
+  NormFour(v, FloatsOf(w), row, at, p);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ScaleRows(const float* x, const RowFactors factors, float* y, int64_t rows, int64_t cols) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = i / (cols >> 2);
+  if (row >= rows) return;
+  const float f = FactorOf(factors, PartOfSquares(factors, row));
+  const float4 v = reinterpret_cast<const float4*>(x)[i];
+  reinterpret_cast<float4*>(y)[i] = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
 }
 
 __device__ __forceinline__ float Silu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
@@ -243,13 +243,22 @@ cudaError_t LaunchToHalf(const QuantizeParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.rows <= 0) return cudaSuccess;
-  if (p.add == nullptr ? p.add2 != nullptr : p.row_ids == nullptr && p.x_out == nullptr) {
-    return cudaErrorInvalidValue;
-  }
   // By the width alone: the order of the sum must not depend on the batch.
   const bool wide = p.cols > 4096;
   return LaunchEarly(wide ? RmsNorm<1024> : RmsNorm<kThreads>, static_cast<unsigned>(p.rows),
                      wide ? 1024 : kThreads, 0, stream, p);
+}
+
+cudaError_t LaunchNormForm(const NormFormParams& p, cudaStream_t stream) {
+  if (p.rows <= 0) return cudaSuccess;
+  return LaunchEarly(NormForm, Blocks(p.rows * p.cols / 4), kThreads, 0, stream, p);
+}
+
+cudaError_t LaunchScaleRows(const float* x, const RowFactors& factors, float* y, int64_t rows, int64_t cols,
+                            cudaStream_t stream) {
+  if (rows <= 0) return cudaSuccess;
+  ScaleRows<<<Blocks(rows * cols / 4), kThreads, 0, stream>>>(x, factors, y, rows, cols);
+  return cudaGetLastError();
 }
 
 cudaError_t LaunchSiluMul(const SiluMulParams& p, cudaStream_t stream) {

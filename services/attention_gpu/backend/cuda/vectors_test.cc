@@ -18,21 +18,17 @@ using testing::DeviceArray;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kEps = 1e-6f;
 
-TEST(CudaVectors, RmsNormAndItsInt8Form) {
+TEST(CudaVectors, RmsNorm) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(1);
-  for (int64_t cols : {32, 256, 1536, 7168}) {
+  for (int64_t cols : {32, 256, 1536, 7168, 9216}) {
     const int64_t rows = 5, stride = cols + 64;
     const auto x = Gaussian(rng, 9 * stride, 30), weight = Gaussian(rng, cols);
     const std::vector<int32_t> ids = {8, 0, 3, 3, 5};
     const DeviceArray<float> d_x(x), d_weight(weight), y(rows * cols);
     const DeviceArray<int32_t> d_ids(ids);
-    const DeviceArray<int8_t> q(Int8FormRows(rows, 1) * cols), want_q(q.size());
-    const DeviceArray<float2> meta(q.size() / 32), want_meta(q.size() / 32);
-    Check(LaunchRmsNorm(
-        {d_x.get(), stride, d_ids.get(), d_weight.get(), kEps, y.get(), q.get(), meta.get(), rows, cols},
-        nullptr));
-    Check(LaunchQuantize({y.get(), cols, rows, cols, 1, want_q.get(), want_meta.get()}, nullptr));
+    Check(
+        LaunchRmsNorm({d_x.get(), stride, d_ids.get(), d_weight.get(), kEps, y.get(), rows, cols}, nullptr));
     const auto got = y.Download();
     std::vector<float> want(cols);
     for (int64_t r = 0; r < rows; ++r) {
@@ -42,55 +38,41 @@ TEST(CudaVectors, RmsNormAndItsInt8Form) {
             << "row " << r << " of " << cols;
       }
     }
-    EXPECT_EQ(q.Download(), want_q.Download());
-    EXPECT_EQ(std::memcmp(meta.Download().data(), want_meta.Download().data(), meta.size() * sizeof(float2)),
-              0);
   }
 }
 
-// x + add + add2 in one launch: the sums, their norm and its int8 form, and the same bits in any company.
-TEST(CudaVectors, RmsNormOfASum) {
+// The norm in two halves: values times weights with their int8 form, then the rows' factors.
+TEST(CudaVectors, NormFormAndFactors) {
   TANDEM_NEEDS_GPU();
-  std::mt19937 rng(8);
-  for (int64_t cols : {64, 2560, 7168, 9216}) {
-    const int64_t rows = 3;
-    const auto x = Gaussian(rng, rows * cols, 30), a = Gaussian(rng, rows * cols, 3),
-               b = Gaussian(rng, rows * cols), weight = Gaussian(rng, cols);
-    const DeviceArray<float> d_a(a), d_b(b), d_weight(weight);
-    for (const bool two : {false, true}) {
-      std::vector<float> sums(x);
-      for (size_t i = 0; i < x.size(); ++i) sums[i] = two ? x[i] + a[i] + b[i] : x[i] + a[i];
-      const DeviceArray<float> d_x(x), d_sums(sums), y(rows * cols), want(rows * cols);
-      RmsNormParams p;
-      p.x = p.x_out = d_x.get();
-      p.add = d_a.get();
-      p.add2 = two ? d_b.get() : nullptr;
-      p.x_stride = p.cols = cols;
-      p.weight = d_weight.get();
-      p.eps = kEps;
-      p.y = y.get();
-      p.rows = rows;
-      Check(LaunchRmsNorm(p, nullptr));
-      EXPECT_EQ(d_x.Download(), sums);
-      p.x = d_sums.get();
-      p.add = p.add2 = nullptr;
-      p.y = want.get();
-      Check(LaunchRmsNorm(p, nullptr));
-      EXPECT_EQ(y.Download(), want.Download());
-      // The last row alone, and of the rows that row_ids name.
-      const DeviceArray<float> alone(cols), fresh(x);
-      const DeviceArray<int32_t> id(std::vector<int32_t>{2});
-      p.x = fresh.get();
-      p.x_out = nullptr;
-      p.row_ids = id.get();
-      p.add = d_a.get();
-      p.add2 = two ? d_b.get() : nullptr;
-      p.y = alone.get();
-      p.rows = 1;
-      Check(LaunchRmsNorm(p, nullptr));
-      EXPECT_TRUE(testing::SameBits(alone.Download().data(), want.Download().data() + 2 * cols, cols));
-      EXPECT_EQ(fresh.Download(), x);
+  std::mt19937 rng(1);
+  for (int64_t cols : {32, 96, 256, 1536, 7168, 9216}) {
+    const int64_t rows = 5, stride = cols + 64;
+    const auto x = Gaussian(rng, 9 * stride, 30), weight = Gaussian(rng, cols);
+    const std::vector<int32_t> ids = {8, 0, 3, 3, 5};
+    const DeviceArray<float> d_x(x), d_weight(weight), y(rows * cols), scaled(rows * cols);
+    const DeviceArray<float> squares(rows * cols / 32);
+    const DeviceArray<int32_t> d_ids(ids);
+    const DeviceArray<int8_t> q(Int8FormRows(rows, 1) * cols), want_q(q.size());
+    const DeviceArray<float2> meta(q.size() / 32), want_meta(q.size() / 32);
+    Check(LaunchNormForm({d_x.get(), stride, d_ids.get(), d_weight.get(), y.get(), q.get(), meta.get(),
+                          squares.get(), rows, cols},
+                         nullptr));
+    const RowFactors factors{squares.get(), static_cast<int32_t>(cols / 32), kEps};
+    Check(LaunchScaleRows(y.get(), factors, scaled.get(), rows, cols, nullptr));
+    Check(LaunchQuantize({y.get(), cols, rows, cols, 1, want_q.get(), want_meta.get()}, nullptr));
+    const auto raw = y.Download(), got = scaled.Download();
+    std::vector<float> want(cols);
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels::RmsNorm(x.data() + ids[r] * stride, weight.data(), kEps, want.data(), cols);
+      for (int64_t i = 0; i < cols; ++i) {
+        ASSERT_EQ(raw[r * cols + i], x[ids[r] * stride + i] * weight[i]);
+        ASSERT_NEAR(got[r * cols + i], want[i], 2e-6f * std::fabs(want[i]) + 1e-9f)
+            << "row " << r << " of " << cols;
+      }
     }
+    EXPECT_EQ(q.Download(), want_q.Download());
+    EXPECT_EQ(std::memcmp(meta.Download().data(), want_meta.Download().data(), meta.size() * sizeof(float2)),
+              0);
   }
 }
 
