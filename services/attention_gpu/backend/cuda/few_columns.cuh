@@ -53,6 +53,7 @@ struct FewColumns {
   Activations x;
   int64_t x_batch, x_column;
   int32_t columns;
+  ResultForm form;  // of the only part
 };
 
 // What a warp of a launch works on.
@@ -86,12 +87,52 @@ struct WarpRows {
         {data + min(first, part.rows - 1) * p.row_bytes, data + min(first + 8, part.rows - 1) * p.row_bytes}};
   }
 
-  __device__ __forceinline__ void Store(int column, int64_t r, float sum) const {
-    if (r >= part.rows) return;
+  // Returns what y is then.
+  __device__ __forceinline__ float Store(int column, int64_t r, float sum) const {
+    if (r >= part.rows) return 0;
     float* y = part.y + batch * part.y_batch + column * part.y_column + r;
-    *y = part.accumulate ? *y + sum : sum;
+    const float v = part.accumulate ? *y + sum : sum;
+    *y = v;
+    return v;
+  }
+  // Where this lane's row `which` is among the block's.
+  template <int kWarps>
+  __device__ __forceinline__ int Place(int which) const {
+    return warp / shares * kRowTile + (lane >> 2) + 8 * which;
+  }
+  template <int kWarps>
+  __device__ __forceinline__ int64_t FirstOfBlock() const {
+    return static_cast<int64_t>(blockIdx.y - part.first_block) * (kWarps / shares) * kRowTile;
   }
 };
+
+// The form of the results of a block's rows, 32 a warp at a time. All threads of the block have written
+// theirs to values, [columns of the block][rows of the block].
+template <int kWarps, int kColumns>
+__device__ __forceinline__ void MakeResultForm(const FewColumns& p, const WarpRows& w, int first_column,
+                                               const float (&values)[kColumns][kWarps * kRowTile]) {
+  const ResultForm& f = p.form;
+  const int64_t first = w.template FirstOfBlock<kWarps>();
+  const int count = kWarps / w.shares * kRowTile / 32;
+  const int of_head = static_cast<int>(f.of_head >> 5), kept = static_cast<int>(f.values >> 5);
+  const int groups = (p.columns + 7) >> 3;
+  for (int item = w.warp; item < count * kColumns; item += kWarps) {
+    const int j = item % kColumns, column = first_column + j, rows = item / kColumns * 32;
+    if (column >= p.columns || first + rows >= w.part.rows) continue;
+    const int block = static_cast<int>((w.batch * w.part.rows + first + rows) >> 5);
+    const int head = block / of_head, at = block - head * of_head;
+    float v = values[j][rows + w.lane];
+    if (f.weight != nullptr) {
+      const float squares = SquaresOfOne(v);
+      if (w.lane == 0) f.squares[static_cast<int64_t>(column) * of_head + block] = squares;
+      v *= __uint_as_float(Constant4(f.weight + block * 32 + w.lane));
+      if (f.normed != nullptr) f.normed[static_cast<int64_t>(column) * w.part.rows + block * 32 + w.lane] = v;
+    }
+    if (at >= kept) continue;
+    QuantizeOne(v, (static_cast<int64_t>(head * groups + (column >> 3)) * kept + at) * 8 + (column & 7), f.q,
+                f.q_meta);
+  }
+}
 
 template <class Unit, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
@@ -99,6 +140,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   using Columns = typename Unit::Columns;
   constexpr int kStages = 2;
   __shared__ float parts[kWarps][4][32];
+  __shared__ float values[8][kWarps * kRowTile];
   LetNextBegin();
   const WarpRows w = WarpRows::Of<kWarps>(p);
   const int lane = w.lane, shares = w.shares;
@@ -154,7 +196,8 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
 #pragma unroll
     for (int i = 0; i < 4; ++i) parts[w.warp][i][lane] = sum[i];
     __syncthreads();
-    if (w.share != 0) return;
+  }
+  if (shares > 1 && w.share == 0) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       for (int s = 1; s < shares; ++s) sum[i] += parts[w.warp + s][i][lane];
@@ -167,11 +210,19 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
       sum[i] *= __shfl_sync(0xffffffffu, factor, (2 * (lane & 3) + (i & 1)) * 4);
     }
   }
+  const bool forms = p.form.q != nullptr;
+  if (w.share == 0) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = first_column + 2 * (lane & 3) + (i & 1);
-    if (column < p.columns) w.Store(column, w.rows[i >> 1], sum[i]);
+    for (int i = 0; i < 4; ++i) {
+      const int j = 2 * (lane & 3) + (i & 1), column = first_column + j;
+      if (column >= p.columns) continue;
+      const float v = w.Store(column, w.rows[i >> 1], sum[i]);
+      if (forms) values[j][w.template Place<kWarps>(i >> 1)] = v;
+    }
   }
+  if (!forms) return;
+  __syncthreads();
+  MakeResultForm<kWarps, 8>(p, w, first_column, values);
 }
 
 // Some units of each warp's rows are on their way, the first ones before the activations are there.
@@ -179,6 +230,7 @@ template <class One, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     OneColumnProduct(const __grid_constant__ FewColumns p) {
   __shared__ float parts[kWarps][kRowTile];
+  __shared__ float values[1][kWarps * kRowTile];
   LetNextBegin();
   const WarpRows w = WarpRows::Of<kWarps>(p);
   const uint8_t* const row[2] = {w.row[0], w.row[1]};
@@ -224,14 +276,31 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     const int place = (w.lane >> 2) * 2 + r;
     if (goes_on) parts[w.warp][place] = total;
     __syncthreads();
-    if (w.share != 0) return;
-    for (int s = 1; s < w.shares; ++s) total += parts[w.warp + s][place];
+    if (w.share == 0) {
+      for (int s = 1; s < w.shares; ++s) total += parts[w.warp + s][place];
+    }
   }
   if (scaled) total *= FactorOf(p.x.factors, squares);
-  if (goes_on) w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
+  const bool forms = p.form.q != nullptr;
+  if (goes_on && w.share == 0) {
+    const float v = w.Store(0, r == 0 ? w.rows[0] : w.rows[1], total);
+    if (forms) values[0][w.template Place<kWarps>(r)] = v;
+  }
+  if (!forms) return;
+  __syncthreads();
+  MakeResultForm<kWarps, 1>(p, w, 0, values);
 }
 
-// `count` products, up to kMostParts, of the same activations, cols, row_bytes, columns and batches.
+// How many warps share the rows of a product with so many units a row.
+inline int SharesOf(const ProductParams& p, int units) {
+  const int64_t tiles = (p.w.rows + kRowTile - 1) / kRowTile * p.batches;
+  int shares = 1;
+  while (shares < kMostShares && tiles * shares * 2 <= kFewWarps && units >= shares * 2) shares *= 2;
+  return shares;
+}
+
+// `count` products, up to kMostParts, of the same activations, cols, row_bytes, columns and batches. One that
+// makes a form is alone.
 template <class Unit>
 cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t stream) {
   FewColumns f;
@@ -245,11 +314,21 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
   const int units = Unit::Count(f.cols);
   int warps = 4;
   for (int i = 0; i < count; ++i) {
-    const int64_t tiles = (p[i].w.rows + kRowTile - 1) / kRowTile * p[i].batches;
-    int shares = 1;
-    while (shares < kMostShares && tiles * shares * 2 <= kFewWarps && units >= shares * 2) shares *= 2;
+    const int shares = SharesOf(p[i], units);
     f.part[i] = {p[i].w.data, p[i].w.rows, p[i].y, p[i].y_batch, p[i].y_column, shares, 0, p[i].accumulate};
     warps = std::max(warps, shares);
+  }
+  f.form = p->form;
+  if (f.form.q != nullptr) {
+    if (f.part[0].shares > 2) warps = 8;  // 32 rows a block
+    const int64_t all = p->w.rows * p->batches;
+    if (f.form.of_head == 0) f.form.of_head = all;
+    if (f.form.values == 0) f.form.values = f.form.of_head;
+    if (count != 1 || f.part[0].shares > 4 || p->w.rows % 32 != 0 || f.form.of_head % 32 != 0 ||
+        f.form.values % 32 != 0 || all % f.form.of_head != 0 ||
+        (f.form.weight != nullptr && f.form.of_head != all)) {
+      return cudaErrorInvalidValue;
+    }
   }
   uint32_t blocks = 0;
   for (int i = 0; i < count; ++i) {
@@ -270,5 +349,6 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
 
 // int8_products.cu: LaunchFewColumns for quantized weights.
 cudaError_t LaunchInt8Products(const ProductParams* p, int count, cudaStream_t stream);
+int Int8UnitsOf(int32_t type, int cols);  // units of a row
 
 }  // namespace tandem::attention::cuda

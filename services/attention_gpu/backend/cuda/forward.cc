@@ -33,7 +33,9 @@ absl::Status Forward::ForPieces(int64_t rows, const F& f) const {
 
 absl::Status Forward::Layers(RoutedExperts* experts, int32_t defer, cudaStream_t stream) {
   stream_ = stream;
-  formed_ = false;
+  formed_.reset();
+  few_ = Small(work_.n) && work_.blocks.size() == 1 && !work_.blocks[0].expanded;
+  factors_ = few_ && experts != nullptr && experts->TakesFactors();
   TANDEM_RETURN_IF_ERROR(work_.Fetch(stream_));
   TANDEM_RETURN_IF_ERROR(
       ToStatus(LaunchEmbed({weights_.embedding, work_.tokens, work_.x, work_.n}, stream_), "embedding"));
@@ -107,6 +109,15 @@ absl::StatusOr<Activations> Forward::Norm(const float* x, int64_t x_stride, cons
   return a;
 }
 
+// The norm of rows of the hidden size, which may be there already.
+absl::StatusOr<Activations> Forward::NormOnce(const float* x, const float* weight, float* y, int64_t rows,
+                                              bool whole) {
+  if (!formed_.has_value()) return Norm(x, c_.hidden_size, nullptr, weight, y, rows, c_.hidden_size, whole);
+  const Activations a = *formed_;
+  formed_.reset();
+  return a;
+}
+
 // The form of `rows` vectors of a.x that products with quantized weights read.
 absl::Status Forward::MakeForm(Activations& a, int64_t rows, bool small, int64_t heads) {
   QuantizeParams p;
@@ -147,22 +158,34 @@ absl::Status Forward::Run(const Activations& a, int64_t columns, std::initialize
   return absl::OkStatus();
 }
 
-// For each head: y[t, h, :] = w[h] x[t, h, :]; the heads' vectors of x are x_head apart, those of y y_head.
-absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                              int64_t y_head, bool formed) {
+ProductParams Forward::Single(const DeviceMatrix& w, const Activations& a, int64_t columns, float* y) const {
+  ProductParams p;
+  p.w = w;
+  p.x = a;
+  p.y = y;
+  p.y_column = w.rows;
+  p.columns = static_cast<int32_t>(columns);
+  return p;
+}
+
+bool Forward::MakesForm(ProductParams& p, ResultForm form, Activations& results) const {
+  if (!Small(p.columns) || !CanForm(p)) return false;
+  const bool other = p.x.q != work_.result_q;
+  results.q = form.q = other ? work_.result_q : work_.form_q;
+  results.q_meta = form.q_meta = other ? work_.result_q_meta : work_.form_q_meta;
+  p.form = form;
+  return true;
+}
+
+// For each head: y[t, h, :] = w[h] x[t, h, :]; the heads' vectors of x are a.x_stride apart, those of y
+// y_head.
+absl::StatusOr<ProductParams> Forward::PerHead(const DeviceMatrix& w, int64_t n, Activations a, float* y,
+                                               int64_t y_head) {
   const int64_t heads = c_.num_attention_heads;
-  Activations a;
-  a.x = x;
-  a.x_stride = x_head;
   a.cols = w.cols;
   const bool small = Small(n);
   const bool form = small ? !IsFloatType(w.type) : w.type != kF32;
-  if (formed) {
-    a.q = work_.form_q;
-    a.q_meta = work_.form_q_meta;
-  } else if (form) {
-    TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
-  }
+  if (form && a.q == nullptr) TANDEM_RETURN_IF_ERROR(MakeForm(a, n * heads, small, heads));
   ProductParams p;
   p.w = w;
   p.x = a;
@@ -173,7 +196,7 @@ absl::Status Forward::PerHead(const DeviceMatrix& w, int64_t n, const float* x, 
   p.y_column = heads * y_head;
   p.columns = static_cast<int32_t>(n);
   p.batches = static_cast<int32_t>(heads);
-  return Run(p);
+  return p;
 }
 
 // x += attention(norm(x))
@@ -184,18 +207,20 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   const auto lora = static_cast<int32_t>(c_.kv_lora_rank), rope = static_cast<int32_t>(c_.qk_rope_head_dim);
   float* const x = work_.x + piece.first * hidden;
   const StepRows rows = work_.RowsFrom(piece.first);
-  Activations a;
-  if (formed_) {
-    a = Formed(FormOf(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
-    formed_ = false;
-  } else {
-    TANDEM_ASSIGN_OR_RETURN(a, Norm(x, hidden, nullptr, w.attn_norm, work_.normed, n, hidden));
-  }
+  TANDEM_ASSIGN_OR_RETURN(Activations a, NormOnce(x, w.attn_norm, work_.normed, n, false));
+  Activations queries;
+  queries.x = work_.q;
+  queries.x_stride = qk;
+  ResultForm of_queries;  // of what the heads' products with k_b read
+  of_queries.of_head = qk;
+  of_queries.values = c_.qk_nope_head_dim;
   if (c_.q_lora_rank > 0) {
     TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_a, work_.q_a, c_.q_lora_rank}, {&w.kv_a, work_.kv, width}}));
     TANDEM_ASSIGN_OR_RETURN(
         a, Norm(work_.q_a, c_.q_lora_rank, nullptr, w.q_a_norm, work_.q_a, n, c_.q_lora_rank));
-    TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q_b, work_.q, heads * qk}}));
+    ProductParams q_b = Single(w.q_b, a, n, work_.q);
+    if (!IsFloatType(w.k_b.type)) MakesForm(q_b, of_queries, queries);
+    TANDEM_RETURN_IF_ERROR(Run(q_b));
   } else {
     TANDEM_RETURN_IF_ERROR(Run(a, n, {{&w.q, work_.q, heads * qk}, {&w.kv_a, work_.kv, width}}));
   }
@@ -210,7 +235,8 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   write.n = n;
   write.lora = lora;
   write.rope = rope;
-  TANDEM_RETURN_IF_ERROR(PerHead(w.k_b, n, work_.q, qk, work_.latents, lora));
+  TANDEM_ASSIGN_OR_RETURN(const ProductParams k_b, PerHead(w.k_b, n, queries, work_.latents, lora));
+  TANDEM_RETURN_IF_ERROR(Run(k_b));
   QueryParams query;
   query.rows = rows;
   query.absorbed = work_.latents;
@@ -231,12 +257,32 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
     TANDEM_RETURN_IF_ERROR(Attend(layer, piece, range, formed));
   }
 
-  TANDEM_RETURN_IF_ERROR(PerHead(w.v_b, n, work_.latents, lora, work_.attended, c_.v_head_dim, formed));
+  Activations latents;
+  latents.x = work_.latents;
+  latents.x_stride = lora;
+  if (formed) {
+    latents.q = work_.form_q;
+    latents.q_meta = work_.form_q_meta;
+  }
+  TANDEM_ASSIGN_OR_RETURN(ProductParams v_b, PerHead(w.v_b, n, latents, work_.attended, c_.v_head_dim));
   Activations out;
   out.x = work_.attended;
   out.x_stride = out.cols = heads * c_.v_head_dim;
-  TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
-  return Run(out, n, {{&w.output, x, hidden, /*accumulate=*/true}});
+  const bool made = MakesForm(v_b, {}, out);
+  TANDEM_RETURN_IF_ERROR(Run(v_b));
+  if (!made) TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
+  ProductParams output = Single(w.output, out, n, x);
+  output.accumulate = true;
+  // The norm in front of the feed-forward, where all rows are here.
+  if (few_ && (factors_ || !c_.IsMoe(layer))) {
+    ResultForm norm;
+    norm.weight = w.ffn_norm;
+    norm.squares = work_.squares;
+    norm.normed = work_.normed;
+    Activations normed = Formed(FormOf(x, hidden, nullptr, w.ffn_norm, work_.normed, n, hidden));
+    if (MakesForm(output, norm, normed)) formed_ = normed;
+  }
+  return Run(output);
 }
 
 // With `form` what comes out is in the int8 form.
@@ -284,13 +330,12 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t
   call.defer = defer;
   call.defers = work_.generated;
   call.last = layer + 1 == c_.num_hidden_layers;
-  const bool few = moe && Small(work_.n) && experts->TakesFactors();
+  const bool few = moe && factors_;
   Activations a;
   RouteParams route;
   TANDEM_RETURN_IF_ERROR(ForPieces(together, [&](const Piece& piece) -> absl::Status {
     const int64_t at = piece.first * hidden;
-    TANDEM_ASSIGN_OR_RETURN(
-        a, Norm(work_.x + at, hidden, nullptr, w.ffn_norm, work_.normed + at, piece.n, hidden, moe && !few));
+    TANDEM_ASSIGN_OR_RETURN(a, NormOnce(work_.x + at, w.ffn_norm, work_.normed + at, piece.n, moe && !few));
     if (moe) {
       TANDEM_RETURN_IF_ERROR(Run(a, piece.n, {{&w.router, work_.router_logits, c_.n_routed_experts}}));
       route = RouteOf(w, piece);
@@ -305,11 +350,11 @@ absl::Status Forward::FeedForward(int64_t layer, RoutedExperts* experts, int32_t
   }
   // Where one attention of few rows comes next, its norm goes with the answer.
   NormFormParams next;
-  if (few && !call.last && work_.blocks.size() == 1 && !work_.blocks[0].expanded) {
+  if (few && !call.last) {
     next =
         FormOf(work_.x, hidden, nullptr, weights_.layers[layer + 1].attn_norm, work_.normed, work_.n, hidden);
     call.next = &next;
-    formed_ = true;
+    formed_ = Formed(next);
   }
   TANDEM_RETURN_IF_ERROR(experts->Ask(call, stream_));
   if (w.has_ffn) {  // the shared expert while the others work

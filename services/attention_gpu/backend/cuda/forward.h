@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -58,15 +59,21 @@ class Forward {
   absl::StatusOr<Activations> Norm(const float* x, int64_t x_stride, const int32_t* row_ids,
                                    const float* weight, float* y, int64_t rows, int64_t cols,
                                    bool whole = false);
+  absl::StatusOr<Activations> NormOnce(const float* x, const float* weight, float* y, int64_t rows,
+                                       bool whole);
   NormFormParams FormOf(const float* x, int64_t x_stride, const int32_t* row_ids, const float* weight,
                         float* y, int64_t rows, int64_t cols) const;
   Activations Formed(const NormFormParams& p) const;
   absl::Status MakeForm(Activations& a, int64_t rows, bool small, int64_t heads = 1);
   absl::Status Run(const ProductParams& p);
   absl::Status Run(const Activations& a, int64_t columns, std::initializer_list<Product> products);
-  // With `formed` the int8 form of x is there already.
-  absl::Status PerHead(const DeviceMatrix& w, int64_t n, const float* x, int64_t x_head, float* y,
-                       int64_t y_head, bool formed = false);
+  // A product with one matrix for all rows, to be changed and run.
+  ProductParams Single(const DeviceMatrix& w, const Activations& a, int64_t columns, float* y) const;
+  // p is to make `form` of its results, where it can; those are the activations' form then.
+  bool MakesForm(ProductParams& p, ResultForm form, Activations& results) const;
+  // With a.q the int8 form of a.x is there already.
+  absl::StatusOr<ProductParams> PerHead(const DeviceMatrix& w, int64_t n, Activations a, float* y,
+                                        int64_t y_head);
   absl::Status Attention(int64_t layer, const Piece& piece);
   absl::Status Attend(int64_t layer, const Piece& piece, const AttentionRange& range, bool form);
   // expanded_attention.cc
@@ -94,7 +101,10 @@ class Forward {
   Workspace& work_;
   const float scale_;
   cudaStream_t stream_ = nullptr;  // of the call under way
-  bool formed_ = false;            // the norm in front of the next attention is there
+  bool few_ = false;               // all rows of the step are a few, and pass together
+  bool factors_ = false;           // and the experts take their factors
+  // The norm in front of the next attention or feed-forward, where it has been made already.
+  std::optional<Activations> formed_;
 };
 
 }  // namespace tandem::attention::cuda

@@ -52,4 +52,22 @@ __device__ __forceinline__ void QuantizeFour(const float4& v, int64_t row, int64
   }
 }
 
+// The same of 32 values that a warp's lanes have, one each. `at`: which 32 values of the form they are.
+__device__ __forceinline__ void QuantizeOne(float v, int64_t at, int8_t* q, float2* meta) {
+  float largest = Magnitude(v);
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  const bool finite = largest <= FLT_MAX;
+  const float inverse = finite && largest > kSmallest ? 127.0f / largest : 0.0f;
+  const int out = finite ? __float2int_rn(v * inverse) : 0;
+  const int sum = __reduce_add_sync(0xffffffffu, out);
+  q[at * 32 + (threadIdx.x & 31)] = static_cast<int8_t>(out);
+  if ((threadIdx.x & 31) == 0) {
+    const float d = !finite ? NAN : inverse > 0.0f ? largest / 127.0f : 0.0f;
+    meta[at] = make_float2(d, d * static_cast<float>(sum));
+  }
+}
+
 }  // namespace tandem::attention::cuda

@@ -324,6 +324,18 @@ struct Unit32 {
 
 }  // namespace
 
+int Int8UnitsOf(int32_t type, int cols) {
+  switch (type) {
+    case kQ4_0:
+      return Unit32<kQ4_0>::Count(cols);
+    case kQ5_0:
+    case kQ8_0:
+      return Unit32<kQ8_0>::Count(cols);
+    default:
+      return UnitQ6K::Count(cols);
+  }
+}
+
 cudaError_t LaunchInt8Products(const ProductParams* p, int count, cudaStream_t stream) {
   switch (p->w.type) {
     case kQ4_0:

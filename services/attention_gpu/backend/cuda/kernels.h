@@ -58,6 +58,19 @@ struct Activations {
 };
 inline int64_t Int8FormRows(int64_t rows, int64_t heads) { return (rows / heads + 7) / 8 * 8 * heads; }
 
+// The int8 form of what a product gives, made in the same pass for the product behind it. Rows of all
+// batches, one after the other, are the values of a column, or of a head's column for each `of_head` of them.
+struct ResultForm {
+  int8_t* q = nullptr;  // as Activations::q, of `columns` columns; null: not wanted
+  float2* q_meta = nullptr;
+  int64_t of_head = 0;  // a multiple of 32; 0: all rows are of one head
+  int64_t values = 0;   // the first values of each head's that the form has, a multiple of 32; 0: all
+  // The form of a norm, as LaunchNormForm makes it of y. Null: of y itself.
+  const float* weight = nullptr;  // [rows]
+  float* squares = nullptr;
+  float* normed = nullptr;  // y * weight, [columns, rows]; null: not wanted
+};
+
 // For each batch b and column j: y[b * y_batch + j * y_column + r] = sum_c w_b[r, c] x_row[c], or += with
 // `accumulate`. Batch b uses the weight rows from b * w.rows on and the activation row b * x_batch + j *
 // x_column.
@@ -74,6 +87,7 @@ struct ProductParams {
   int32_t columns = 0;
   int32_t batches = 1;
   bool accumulate = false;
+  ResultForm form;   // LaunchMatVec, where CanForm
   int32_t tile = 0;  // LaunchMatMul: columns of a block, 64, 128 or 256; 0: as is best. The bits are the same
 };
 
@@ -82,6 +96,8 @@ cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream);
 // Several of them, with the same bits: in one launch where neighbours have the same activations, type,
 // columns and batches, and their outputs do not overlap.
 cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream);
+// Whether a launch of this product alone makes the form of its results, too: by type and shape alone.
+bool CanForm(const ProductParams& p);
 // Any number of columns; not for F32 weights.
 cudaError_t LaunchMatMul(const ProductParams& p, cudaStream_t stream);
 // Must be called once for the current device before LaunchMatMul: asks for its shared memory.

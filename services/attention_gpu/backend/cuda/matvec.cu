@@ -213,12 +213,31 @@ cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
 
 }  // namespace
 
+bool CanForm(const ProductParams& p) {
+  if (OneRowABlock(p) || p.w.rows % 32 != 0) return false;
+  const auto cols = static_cast<int>(p.w.cols);
+  int units = 0;
+  switch (p.w.type) {
+    case kF32:
+      units = FloatUnit<kF32>::Count(cols);
+      break;
+    case kF16:
+    case kBF16:
+      units = FloatUnit<kF16>::Count(cols);
+      break;
+    default:
+      units = Int8UnitsOf(p.w.type, cols);
+  }
+  return SharesOf(p, units) <= 4;
+}
+
 cudaError_t LaunchMatVec(const ProductParams& p, cudaStream_t stream) { return LaunchMatVecs(&p, 1, stream); }
 
 cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream) {
   for (int at = 0; at < count;) {
     const ProductParams& first = p[at];
     if (first.columns > kMaxColumns && first.w.type != kF32) return cudaErrorInvalidValue;
+    if (first.form.q != nullptr && !CanForm(first)) return cudaErrorInvalidValue;
     if (first.x.factors.squares != nullptr && (first.batches != 1 || first.x_column != 1)) {
       return cudaErrorInvalidValue;
     }
@@ -226,10 +245,10 @@ cudaError_t LaunchMatVecs(const ProductParams* p, int count, cudaStream_t stream
     cudaError_t e = cudaSuccess;
     if (first.columns > 0 && first.w.rows > 0 && first.batches > 0) {
       const bool rows = OneRowABlock(first);
-      while (!rows && at + some < count && some < kMostParts) {
+      while (!rows && at + some < count && some < kMostParts && first.form.q == nullptr) {
         const ProductParams& next = p[at + some];
-        if (next.w.type != first.w.type || next.w.cols != first.w.cols || next.w.rows <= 0 ||
-            !SameActivations(first, next) || OneRowABlock(next)) {
+        if (next.form.q != nullptr || next.w.type != first.w.type || next.w.cols != first.w.cols ||
+            next.w.rows <= 0 || !SameActivations(first, next) || OneRowABlock(next)) {
           break;
         }
         ++some;

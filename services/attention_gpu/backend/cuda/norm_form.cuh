@@ -36,6 +36,14 @@ __device__ __forceinline__ float FactorOf(const RowFactors& f, float part) {
   return 1.0f / sqrtf(part / static_cast<float>(32 * f.blocks) + f.eps);
 }
 
+// The sum of squares of 32 values that a warp's lanes have, one each, in NormFour's order.
+__device__ __forceinline__ float SquaresOfOne(float v) {
+  float sum = __fmul_rn(v, v);
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+  return sum;
+}
+
 // Group i of four values, v, of a row; eight neighbouring lanes have 32 of them.
 __device__ __forceinline__ void NormFour(const float4& v, const float4& weight, int64_t row, int64_t i,
                                          const NormFormParams& p) {
@@ -43,7 +51,7 @@ __device__ __forceinline__ void NormFour(const float4& v, const float4& weight, 
   float sum = __fadd_rn(__fadd_rn(__fmul_rn(v.x, v.x), __fmul_rn(v.y, v.y)),
                         __fadd_rn(__fmul_rn(v.z, v.z), __fmul_rn(v.w, v.w)));
 #pragma unroll
-  for (int step = 1; step < 8; step <<= 1) sum += __shfl_xor_sync(lanes, sum, step);
+  for (int step = 1; step < 8; step <<= 1) sum = __fadd_rn(sum, __shfl_xor_sync(lanes, sum, step));
   if ((threadIdx.x & 7) == 0) p.squares[row * (p.cols >> 5) + (i >> 3)] = sum;
   const float4 out = make_float4(v.x * weight.x, v.y * weight.y, v.z * weight.z, v.w * weight.w);
   if (p.y != nullptr) reinterpret_cast<float4*>(p.y + row * p.cols)[i] = out;

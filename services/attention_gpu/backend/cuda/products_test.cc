@@ -243,6 +243,109 @@ TEST(CudaProducts, FactorsOfRows) {
   }
 }
 
+struct FormCase {
+  int64_t rows, cols;
+  int32_t batches;
+  int64_t of_head, values;
+  bool norm;
+};
+
+// The form of a product's results, made in its own launch, is that of LaunchQuantize or LaunchNormForm.
+TEST(CudaProducts, TheFormOfTheResults) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(15);
+  for (TensorType type : DeviceTypes()) {
+    for (const FormCase& c : {FormCase{384 * 24, 512, 1, 192, 128, false},  // heads of which a part goes on
+                              {128, 512, 128, 0, 0, false},                 // the heads' results together
+                              {7168, 2048, 1, 0, 0, true},
+                              {33280, 256, 1, 0, 0, true}}) {
+      const int64_t all = c.rows * c.batches, heads = c.of_head > 0 ? all / c.of_head : 1;
+      const int64_t of_head = c.of_head > 0 ? c.of_head : all, values = c.values > 0 ? c.values : of_head;
+      const Weights w = RandomBlocks(rng, type, all, c.cols);
+      const DeviceWeight device(w.m, c.batches);
+      const DeviceArray<float> weight(Gaussian(rng, all));
+      for (int columns : {1, 2, 11, 64}) {
+        const DeviceActivations a(Gaussian(rng, columns * c.batches * c.cols), columns * c.batches, c.cols,
+                                  c.cols, c.batches);
+        const auto before = Gaussian(rng, columns * all);
+        const DeviceArray<float> y(before), want_y(before), normed(columns * all), want_normed(columns * all);
+        const DeviceArray<float> squares(columns * all / 32), want_squares(columns * all / 32);
+        const DeviceArray<int8_t> q(Int8FormRows(columns * heads, heads) * values), want_q(q.size());
+        const DeviceArray<float2> meta(q.size() / 32), want_meta(q.size() / 32);
+        ProductParams p;
+        p.w = device.matrix();
+        p.x = a.get();
+        p.x_batch = 1;
+        p.x_column = c.batches;
+        p.y = want_y.get();
+        p.y_batch = c.rows;
+        p.y_column = all;
+        p.columns = columns;
+        p.batches = c.batches;
+        p.accumulate = true;
+        Check(LaunchMatVec(p, nullptr));
+        if (c.norm) {
+          Check(LaunchNormForm({want_y.get(), all, nullptr, weight.get(), want_normed.get(), want_q.get(),
+                                want_meta.get(), want_squares.get(), columns, all},
+                               nullptr));
+        } else {
+          QuantizeParams form;
+          form.x = want_y.get();
+          form.x_stride = of_head;
+          form.rows = columns * heads;
+          form.cols = values;
+          form.heads = heads;
+          form.q = want_q.get();
+          form.q_meta = want_meta.get();
+          Check(LaunchQuantize(form, nullptr));
+        }
+        p.y = y.get();
+        p.form = {q.get(), meta.get(), c.of_head, c.values, nullptr, nullptr, nullptr};
+        if (c.norm) {
+          p.form.weight = weight.get();
+          p.form.squares = squares.get();
+          p.form.normed = normed.get();
+        }
+        ASSERT_TRUE(CanForm(p));
+        Check(LaunchMatVec(p, nullptr));
+        const std::string name = Name(type, {c.rows, c.cols, columns});
+        EXPECT_EQ(y.Download(), want_y.Download()) << name;
+        EXPECT_EQ(q.Download(), want_q.Download()) << name;
+        EXPECT_EQ(
+            std::memcmp(meta.Download().data(), want_meta.Download().data(), meta.size() * sizeof(float2)), 0)
+            << name;
+        if (!c.norm) continue;
+        EXPECT_EQ(normed.Download(), want_normed.Download()) << name;
+        EXPECT_EQ(squares.Download(), want_squares.Download()) << name;
+      }
+    }
+  }
+}
+
+// Shapes that have no form of their own results are refused, not computed without one.
+TEST(CudaProducts, WhatMakesNoForm) {
+  TANDEM_NEEDS_GPU();
+  std::mt19937 rng(16);
+  const DeviceArray<int8_t> q(64 * 4096);
+  const DeviceArray<float2> meta(64 * 128);
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{128, 4096}, {4100, 256}}) {
+    const Weights w = RandomBlocks(rng, TensorType::kQ4_K, rows, cols);
+    const DeviceWeight device(w.m);
+    const DeviceActivations a(Gaussian(rng, cols), 1, cols, cols);
+    const DeviceArray<float> y(rows);
+    ProductParams p;
+    p.w = device.matrix();
+    p.x = a.get();
+    p.y = y.get();
+    p.y_column = rows;
+    p.columns = 1;
+    p.form.q = q.get();
+    p.form.q_meta = meta.get();
+    EXPECT_FALSE(CanForm(p));
+    EXPECT_EQ(LaunchMatVec(p, nullptr), cudaErrorInvalidValue);
+  }
+}
+
 // One launch for several matrices gives what one launch for each gives.
 TEST(CudaProducts, SeveralMatricesOfTheSameActivations) {
   TANDEM_NEEDS_GPU();

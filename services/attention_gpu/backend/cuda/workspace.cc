@@ -46,6 +46,8 @@ Workspace::Workspace(const model::ModelConfig& c, int64_t max_tokens, int64_t ca
                                    inner, hidden, c.q_lora_rank});
   device_.Want(&form_q, kMaxColumns * widest);
   device_.Want(&form_q_meta, kMaxColumns * widest / 32);
+  device_.Want(&result_q, kMaxColumns * widest);
+  device_.Want(&result_q_meta, kMaxColumns * widest / 32);
   device_.Want(&squares, kMaxColumns * std::max(hidden, c.q_lora_rank) / 32);
   form_values_ = std::max(n, kLogitsRows) * widest;
   form_scales_ = std::max(n, kLogitsRows) * heads;

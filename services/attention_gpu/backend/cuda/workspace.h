@@ -97,6 +97,8 @@ class Workspace {
   // The forms of activations, for whatever product is next.
   int8_t* form_q = nullptr;
   float2* form_q_meta = nullptr;
+  int8_t* result_q = nullptr;  // as those, for what a product makes that reads them
+  float2* result_q_meta = nullptr;
   float* squares = nullptr;  // what norms leave to products (RowFactors), of kMaxColumns rows
   uint16_t* form_h = nullptr;
   float* form_h_scale = nullptr;
