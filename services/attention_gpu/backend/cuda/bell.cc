@@ -113,14 +113,14 @@ absl::StatusOr<std::unique_ptr<Bell>> Bell::Open(const model::ModelConfig& confi
 absl::Status Bell::Allocate() {
   device_memory_.Want(&states_, kMostRings);
   device_memory_.Want(&blocks_done_, 1);
-  device_memory_.Want(&seen_, 1);
+  device_memory_.Want(&seen_, kSeen);
   host_memory_.Want(&host_states_, kMostRings);
   host_memory_.Want(&stop_, 1);
   host_memory_.Want(&failed_, 1);
   TANDEM_RETURN_IF_ERROR(device_memory_.Allocate("the bell"));
   TANDEM_RETURN_IF_ERROR(host_memory_.Allocate("the bell"));
   *stop_ = *failed_ = 0;
-  TANDEM_RETURN_IF_ERROR(ToStatus(cudaMemset(seen_, 0, sizeof *seen_), "the bell"));
+  TANDEM_RETURN_IF_ERROR(ToStatus(cudaMemset(seen_, 0, kSeen * sizeof *seen_), "the bell"));
   return ToStatus(cudaMemset(blocks_done_, 0, sizeof *blocks_done_), "the bell");
 }
 

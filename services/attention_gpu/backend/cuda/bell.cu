@@ -147,18 +147,21 @@ __global__ void __launch_bounds__(kThreads) Ask(const AskParams p) {
 
 __device__ __forceinline__ bool Stopped(const AnswerParams& p) { return p.wait && LoadOnce(p.stop) != 0; }
 
-// Whether ring r has answered the call, and with success.
-__device__ bool Answered(const AnswerParams& p, const RingState& ring) {
-  const uint8_t* slot = SlotOf(ring, p.at, p.index);
-  const uint8_t* flag = slot + p.at.answered;
+// Waits for ring r's flag of the call; false: not there, or stopped.
+__device__ bool Flagged(const AnswerParams& p, const RingState& ring) {
+  const uint8_t* flag = SlotOf(ring, p.at, p.index) + p.at.answered;
   const auto number = static_cast<uint32_t>(ring.first) + p.index;
   for (int look = 0; static_cast<int32_t>(LoadRelaxed(flag) - number) < 0; ++look) {
     if (!p.wait || (look % kLooks == 0 && Stopped(p))) return false;
     __nanosleep(kPause);
   }
-  __threadfence_system();  // with the look that saw the number: acquire
+  return true;
+}
+
+// Whether ring r, whose flag has been seen, has answered the call, and with success.
+__device__ bool Answered(const AnswerParams& p, const RingState& ring) {
   // All on their way over the bus together.
-  const auto* answer = reinterpret_cast<const WireAnswer*>(slot + p.at.answer);
+  const auto* answer = reinterpret_cast<const WireAnswer*>(SlotOf(ring, p.at, p.index) + p.at.answer);
   const uint64_t sequence = LoadOnce(&answer->sequence), epoch = LoadOnce(&answer->epoch);
   const uint32_t status = LoadOnce(&answer->status);
   return sequence == ring.first + p.index && epoch == ring.epoch && status == 0;
@@ -181,25 +184,20 @@ __device__ __forceinline__ float4 AnswerAt(const AnswerParams& p, const RingStat
                      static_cast<float>(high.y));
 }
 
-// What p.seen becomes, but for the lowest bit, which says that all answers are there.
+// What p.seen[0] and p.seen[GoodOf] become, but for the lowest bit: in [0] it says that all flags have been
+// seen, in the other that all answers are good. That one is not read before what comes next may begin, which
+// may be the answer to the call behind this one (deferred experts), but none later: a request ends before.
 __device__ __forceinline__ uint64_t SeenOf(const AnswerParams& p, const RingState* rings) {
   return (rings[0].run << kIndexBits | p.index) << 1;
 }
 
-// For thread 0 of each block: whether all answers are there. One block looks over the bus and tells the
-// others, which look at device memory: many that read over the bus keep the kernels in front from ending
-// (seen: 25 us for a SiLU of 1 us beside 28 blocks).
-__device__ bool AllAnswered(const AnswerParams& p, const RingState* rings) {
+__device__ __forceinline__ int GoodOf(const AnswerParams& p) { return 1 + (p.index & 1); }
+
+// For thread 0 of a block but the first: the lowest bit, once it has been told.
+__device__ bool Told(const AnswerParams& p, const RingState* rings, int which) {
   const uint64_t call = SeenOf(p, rings);
-  if (blockIdx.x == 0) {
-    bool all = true;
-    for (int r = 0; r < p.count; ++r) all = Answered(p, rings[r]) && all;
-    if (!all && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
-    ReleaseOnDevice(p.seen, call | (all ? 1 : 0));
-    return all;
-  }
   for (;;) {
-    const uint64_t seen = RelaxedOnDevice(p.seen);
+    const uint64_t seen = RelaxedOnDevice(p.seen + which);
     if ((seen ^ call) <= 1) {
       __threadfence();  // with the look that saw it: acquire
       return (seen & 1) != 0;
@@ -208,19 +206,44 @@ __device__ bool AllAnswered(const AnswerParams& p, const RingState* rings) {
   }
 }
 
+// For thread 0 of each block: whether all flags have been raised. One block looks over the bus and tells the
+// others, which look at device memory: many that read over the bus keep the kernels in front from ending
+// (seen: 25 us for a SiLU of 1 us beside 28 blocks).
+__device__ bool AllFlagged(const AnswerParams& p, const RingState* rings) {
+  if (blockIdx.x != 0) return Told(p, rings, 0);
+  bool all = true;
+  for (int r = 0; r < p.count; ++r) all = Flagged(p, rings[r]) && all;
+  __threadfence_system();  // with the looks that saw the numbers: acquire
+  ReleaseOnDevice(p.seen, SeenOf(p, rings) | (all ? 1 : 0));
+  return all;
+}
+
+// Then: whether all answers are good. It takes another way over the bus, during which the answers themselves
+// are fetched.
+__device__ bool AllAnswered(const AnswerParams& p, const RingState* rings, bool flagged) {
+  if (blockIdx.x != 0) return flagged && Told(p, rings, GoodOf(p));
+  bool all = flagged;
+  if (flagged) {
+    for (int r = 0; r < p.count; ++r) all = Answered(p, rings[r]) && all;
+  }
+  if (!all && LoadOnce(p.failed) == 0) *p.failed = p.index + 1;
+  ReleaseOnDevice(p.seen + GoodOf(p), SeenOf(p, rings) | (all ? 1 : 0));
+  return all;
+}
+
 // Answers are waited for and fetched while the kernels in front are still at work: nothing on the device
 // writes them, nor, but for the run's first call, `rings` (what wrote those has ended before the last Ask
 // did). What comes next begins only when they are there: until then the device's processors are for
-// others; and all blocks have read `seen` then.
+// others; and all blocks have read seen[0] then.
 __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
-  __shared__ int good;
+  __shared__ int flagged, good;
   const bool early = p.wait && p.index > 0;  // without `wait` somebody in front has waited
   if (!early) AwaitEarlier();
   const RingState* const rings = ReadRings(p.rings, p.count, nullptr);
-  if (threadIdx.x == 0) good = AllAnswered(p, rings) ? 1 : 0;
+  if (threadIdx.x == 0) flagged = AllFlagged(p, rings) ? 1 : 0;
   __syncthreads();
   LetNextBegin();
-  const int64_t values = good == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
+  int64_t values = flagged == 0 ? 0 : static_cast<int64_t>(p.n) * p.hidden / 4;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const bool norms = p.next.weight != nullptr;
@@ -234,6 +257,9 @@ __global__ void __launch_bounds__(kThreads) Add(const AnswerParams p) {
     ahead = AnswerAt(p, rings, thread);
     if (norms) weight_ahead = weight(thread);
   }
+  if (threadIdx.x == 0) good = AllAnswered(p, rings, flagged != 0) ? 1 : 0;
+  __syncthreads();
+  if (good == 0) values = 0;
   if (early) AwaitEarlier();
   for (int64_t i = thread; i < values; i += threads) {
     const float4 sum = i == thread ? ahead : AnswerAt(p, rings, i);

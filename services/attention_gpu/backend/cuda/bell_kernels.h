@@ -12,6 +12,7 @@
 namespace tandem::attention::cuda {
 
 constexpr int kMostRings = 16;
+constexpr int kSeen = 3;  // words of AnswerParams::seen
 
 // One process's slots as the GPU sees them, new for every run of calls: the host writes them into page-locked
 // memory, the run's first request takes them to the device.
@@ -85,7 +86,7 @@ struct AnswerParams {
   const uint32_t* stop = nullptr;
   // Mapped host memory: the run's first call without an answer that is one, plus 1. Nothing is added then.
   uint32_t* failed = nullptr;
-  // What the blocks know of the call that was last waited for; 0 before the first run.
+  // [kSeen] What the blocks know of the call that was last waited for; 0 before the first run.
   uint64_t* seen = nullptr;
   // With a `weight`: the norm's form of the sums, of which x and the row's widths are those above.
   NormFormParams next;

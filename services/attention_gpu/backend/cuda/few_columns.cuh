@@ -42,6 +42,7 @@ struct FewColumnsPart {
   float* y;
   int64_t y_batch, y_column;
   int32_t shares;
+  int32_t tile;          // rows of a warp, up to kRowTile
   uint32_t first_block;  // of the grid's y
   bool accumulate;
 };
@@ -71,20 +72,21 @@ struct WarpRows {
     const FewColumnsPart& part = p.part[which];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, shares = part.shares;
     const int64_t batch = blockIdx.z;
-    const int64_t first =
-        (static_cast<int64_t>(blockIdx.y - part.first_block) * (kWarps / shares) + warp / shares) * kRowTile +
-        (lane >> 2);
-    // Lanes without a row work on the last one.
+    const int64_t tile =
+        (static_cast<int64_t>(blockIdx.y - part.first_block) * (kWarps / shares) + warp / shares) * part.tile;
+    const int64_t end = min(tile + part.tile, part.rows);
+    const int64_t first = tile + (lane >> 2);
+    // Lanes without a row work on the tile's last one.
     const uint8_t* data = part.data + batch * part.rows * p.row_bytes;
-    return {
-        part,
-        batch,
-        lane,
-        warp,
-        shares,
-        warp % shares,
-        {first, first + 8},
-        {data + min(first, part.rows - 1) * p.row_bytes, data + min(first + 8, part.rows - 1) * p.row_bytes}};
+    const auto row = [&](int64_t r) { return data + max(min(r, end - 1), int64_t{0}) * p.row_bytes; };
+    return {part,
+            batch,
+            lane,
+            warp,
+            shares,
+            warp % shares,
+            {first < end ? first : part.rows, first + 8 < end ? first + 8 : part.rows},
+            {row(first), row(first + 8)}};
   }
 
   // Returns what y is then.
@@ -121,15 +123,9 @@ __device__ __forceinline__ void MakeResultForm(const FewColumns& p, const WarpRo
     if (column >= p.columns || first + rows >= w.part.rows) continue;
     const int block = static_cast<int>((w.batch * w.part.rows + first + rows) >> 5);
     const int head = block / of_head, at = block - head * of_head;
-    float v = values[j][rows + w.lane];
-    if (f.weight != nullptr) {
-      const float squares = SquaresOfOne(v);
-      if (w.lane == 0) f.squares[static_cast<int64_t>(column) * of_head + block] = squares;
-      v *= __uint_as_float(Constant4(f.weight + block * 32 + w.lane));
-      if (f.normed != nullptr) f.normed[static_cast<int64_t>(column) * w.part.rows + block * 32 + w.lane] = v;
-    }
     if (at >= kept) continue;
-    QuantizeOne(v, (static_cast<int64_t>(head * groups + (column >> 3)) * kept + at) * 8 + (column & 7), f.q,
+    QuantizeOne(values[j][rows + w.lane],
+                (static_cast<int64_t>(head * groups + (column >> 3)) * kept + at) * 8 + (column & 7), f.q,
                 f.q_meta);
   }
 }
@@ -139,8 +135,10 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     FewColumnsProduct(const __grid_constant__ FewColumns p) {
   using Columns = typename Unit::Columns;
   constexpr int kStages = 2;
+  // What activations come by way of, at last what results do.
+  constexpr int kStaged = kWarps * kStages * Columns::kBytes, kValues = 8 * kWarps * kRowTile * 4;
+  __shared__ __align__(16) unsigned char pool[kStaged > kValues ? kStaged : kValues];
   __shared__ float parts[kWarps][4][32];
-  __shared__ float values[8][kWarps * kRowTile];
   LetNextBegin();
   const WarpRows w = WarpRows::Of<kWarps>(p);
   const int lane = w.lane, shares = w.shares;
@@ -177,16 +175,16 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     }
   };
   if constexpr (Columns::kBytes > 0) {
-    __shared__ __align__(16) unsigned char staged[kWarps][kStages][Columns::kBytes];
+    unsigned char* const staged = pool + w.warp * kStages * Columns::kBytes;
     multiply(
         [&](int unit, int i) {
           WaitCopies<kStages - 1>();
           __syncwarp();
-          x.At(unit, staged[w.warp][i]);
+          x.At(unit, staged + i * Columns::kBytes);
         },
         [&](int unit, int i) {
           __syncwarp();
-          if (unit < units) x.Copy(unit, staged[w.warp][i]);
+          if (unit < units) x.Copy(unit, staged + i * Columns::kBytes);
           CommitCopies();
         });
   } else {
@@ -211,6 +209,8 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     }
   }
   const bool forms = p.form.q != nullptr;
+  auto& values = *reinterpret_cast<float(*)[8][kWarps * kRowTile]>(pool);
+  if (forms) __syncthreads();  // nobody reads activations any more
   if (w.share == 0) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -291,6 +291,26 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   MakeResultForm<kWarps, 1>(p, w, 0, values);
 }
 
+// matvec.cu: of the current device; asked once.
+int ProcessorsOfDevice();
+
+// Rows of a warp. All blocks of a launch that fits the device are there at once, but for short of that they
+// lie unevenly: the processors that have one more than others come to their end later by as much. So tiles
+// are made smaller until there are as many blocks as have room. No row's bits depend on it.
+inline int TileOf(const ProductParams* p, const FewColumns& f, int warps) {
+  const int64_t room = int64_t{ProcessorsOfDevice()} * (16 / warps);
+  const int64_t groups = (f.columns + 7) / 8 * p->batches;
+  for (int tile = kRowTile / 2; tile < kRowTile; ++tile) {
+    int64_t blocks = 0;
+    for (int i = 0; i < f.parts; ++i) {
+      const int64_t per_block = warps / f.part[i].shares * tile;
+      blocks += (p[i].w.rows + per_block - 1) / per_block * groups;
+    }
+    if (blocks <= room) return tile;
+  }
+  return kRowTile;
+}
+
 // How many warps share the rows of a product with so many units a row.
 inline int SharesOf(const ProductParams& p, int units) {
   const int64_t tiles = (p.w.rows + kRowTile - 1) / kRowTile * p.batches;
@@ -315,7 +335,8 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
   int warps = 4;
   for (int i = 0; i < count; ++i) {
     const int shares = SharesOf(p[i], units);
-    f.part[i] = {p[i].w.data, p[i].w.rows, p[i].y, p[i].y_batch, p[i].y_column, shares, 0, p[i].accumulate};
+    f.part[i] = {p[i].w.data, p[i].w.rows, p[i].y, p[i].y_batch,   p[i].y_column,
+                 shares,      kRowTile,    0,      p[i].accumulate};
     warps = std::max(warps, shares);
   }
   f.form = p->form;
@@ -325,15 +346,16 @@ cudaError_t LaunchFewColumns(const ProductParams* p, int count, cudaStream_t str
     if (f.form.of_head == 0) f.form.of_head = all;
     if (f.form.values == 0) f.form.values = f.form.of_head;
     if (count != 1 || f.part[0].shares > 4 || p->w.rows % 32 != 0 || f.form.of_head % 32 != 0 ||
-        f.form.values % 32 != 0 || all % f.form.of_head != 0 ||
-        (f.form.weight != nullptr && f.form.of_head != all)) {
+        f.form.values % 32 != 0 || all % f.form.of_head != 0) {
       return cudaErrorInvalidValue;
     }
   }
+  const int tile = f.form.q == nullptr ? TileOf(p, f, warps) : kRowTile;
   uint32_t blocks = 0;
   for (int i = 0; i < count; ++i) {
     f.part[i].first_block = blocks;
-    const int64_t per_block = warps / f.part[i].shares * kRowTile;
+    f.part[i].tile = tile;
+    const int64_t per_block = warps / f.part[i].shares * tile;
     blocks += static_cast<uint32_t>((p[i].w.rows + per_block - 1) / per_block);
   }
   const dim3 grid(static_cast<unsigned>((f.columns + 7) / 8), blocks, static_cast<unsigned>(p->batches));

@@ -271,18 +271,7 @@ absl::Status Forward::Attention(int64_t layer, const Piece& piece) {
   const bool made = MakesForm(v_b, {}, out);
   TANDEM_RETURN_IF_ERROR(Run(v_b));
   if (!made) TANDEM_RETURN_IF_ERROR(MakeForm(out, n, Small(n)));
-  ProductParams output = Single(w.output, out, n, x);
-  output.accumulate = true;
-  // The norm in front of the feed-forward, where all rows are here.
-  if (few_ && (factors_ || !c_.IsMoe(layer))) {
-    ResultForm norm;
-    norm.weight = w.ffn_norm;
-    norm.squares = work_.squares;
-    norm.normed = work_.normed;
-    Activations normed = Formed(FormOf(x, hidden, nullptr, w.ffn_norm, work_.normed, n, hidden));
-    if (MakesForm(output, norm, normed)) formed_ = normed;
-  }
-  return Run(output);
+  return Run(out, n, {{&w.output, x, hidden, /*accumulate=*/true}});
 }
 
 // With `form` what comes out is in the int8 form.

@@ -65,10 +65,6 @@ struct ResultForm {
   float2* q_meta = nullptr;
   int64_t of_head = 0;  // a multiple of 32; 0: all rows are of one head
   int64_t values = 0;   // the first values of each head's that the form has, a multiple of 32; 0: all
-  // The form of a norm, as LaunchNormForm makes it of y. Null: of y itself.
-  const float* weight = nullptr;  // [rows]
-  float* squares = nullptr;
-  float* normed = nullptr;  // y * weight, [columns, rows]; null: not wanted
 };
 
 // For each batch b and column j: y[b * y_batch + j * y_column + r] = sum_c w_b[r, c] x_row[c], or += with

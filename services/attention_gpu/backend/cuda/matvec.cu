@@ -213,6 +213,17 @@ cudaError_t LaunchSome(const ProductParams* p, int count, cudaStream_t stream) {
 
 }  // namespace
 
+int ProcessorsOfDevice() {
+  static const int processors = [] {
+    int device = 0, count = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+                   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
+               ? count
+               : 1;
+  }();
+  return processors;
+}
+
 bool CanForm(const ProductParams& p) {
   if (OneRowABlock(p) || p.w.rows % 32 != 0) return false;
   const auto cols = static_cast<int>(p.w.cols);

@@ -36,14 +36,6 @@ __device__ __forceinline__ float FactorOf(const RowFactors& f, float part) {
   return 1.0f / sqrtf(part / static_cast<float>(32 * f.blocks) + f.eps);
 }
 
-// The sum of squares of 32 values that a warp's lanes have, one each, in NormFour's order.
-__device__ __forceinline__ float SquaresOfOne(float v) {
-  float sum = __fmul_rn(v, v);
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
-  return sum;
-}
-
 // Group i of four values, v, of a row; eight neighbouring lanes have 32 of them.
 __device__ __forceinline__ void NormFour(const float4& v, const float4& weight, int64_t row, int64_t i,
                                          const NormFormParams& p) {

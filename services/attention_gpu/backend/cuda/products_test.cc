@@ -247,29 +247,26 @@ struct FormCase {
   int64_t rows, cols;
   int32_t batches;
   int64_t of_head, values;
-  bool norm;
 };
 
-// The form of a product's results, made in its own launch, is that of LaunchQuantize or LaunchNormForm.
+// The form of a product's results, made in its own launch, is that of LaunchQuantize.
 TEST(CudaProducts, TheFormOfTheResults) {
   TANDEM_NEEDS_GPU();
   std::mt19937 rng(15);
   for (TensorType type : DeviceTypes()) {
-    for (const FormCase& c : {FormCase{384 * 24, 512, 1, 192, 128, false},  // heads of which a part goes on
-                              {128, 512, 128, 0, 0, false},                 // the heads' results together
-                              {7168, 2048, 1, 0, 0, true},
-                              {33280, 256, 1, 0, 0, true}}) {
+    for (const FormCase& c : {FormCase{384 * 24, 512, 1, 192, 128},  // heads of which a part goes on
+                              {128, 512, 128, 0, 0},                 // the heads' results together
+                              {7168, 2048, 1, 0, 0},
+                              {33280, 256, 1, 0, 0}}) {
       const int64_t all = c.rows * c.batches, heads = c.of_head > 0 ? all / c.of_head : 1;
       const int64_t of_head = c.of_head > 0 ? c.of_head : all, values = c.values > 0 ? c.values : of_head;
       const Weights w = RandomBlocks(rng, type, all, c.cols);
       const DeviceWeight device(w.m, c.batches);
-      const DeviceArray<float> weight(Gaussian(rng, all));
       for (int columns : {1, 2, 11, 64}) {
         const DeviceActivations a(Gaussian(rng, columns * c.batches * c.cols), columns * c.batches, c.cols,
                                   c.cols, c.batches);
         const auto before = Gaussian(rng, columns * all);
-        const DeviceArray<float> y(before), want_y(before), normed(columns * all), want_normed(columns * all);
-        const DeviceArray<float> squares(columns * all / 32), want_squares(columns * all / 32);
+        const DeviceArray<float> y(before), want_y(before);
         const DeviceArray<int8_t> q(Int8FormRows(columns * heads, heads) * values), want_q(q.size());
         const DeviceArray<float2> meta(q.size() / 32), want_meta(q.size() / 32);
         ProductParams p;
@@ -284,28 +281,17 @@ TEST(CudaProducts, TheFormOfTheResults) {
         p.batches = c.batches;
         p.accumulate = true;
         Check(LaunchMatVec(p, nullptr));
-        if (c.norm) {
-          Check(LaunchNormForm({want_y.get(), all, nullptr, weight.get(), want_normed.get(), want_q.get(),
-                                want_meta.get(), want_squares.get(), columns, all},
-                               nullptr));
-        } else {
-          QuantizeParams form;
-          form.x = want_y.get();
-          form.x_stride = of_head;
-          form.rows = columns * heads;
-          form.cols = values;
-          form.heads = heads;
-          form.q = want_q.get();
-          form.q_meta = want_meta.get();
-          Check(LaunchQuantize(form, nullptr));
-        }
+        QuantizeParams form;
+        form.x = want_y.get();
+        form.x_stride = of_head;
+        form.rows = columns * heads;
+        form.cols = values;
+        form.heads = heads;
+        form.q = want_q.get();
+        form.q_meta = want_meta.get();
+        Check(LaunchQuantize(form, nullptr));
         p.y = y.get();
-        p.form = {q.get(), meta.get(), c.of_head, c.values, nullptr, nullptr, nullptr};
-        if (c.norm) {
-          p.form.weight = weight.get();
-          p.form.squares = squares.get();
-          p.form.normed = normed.get();
-        }
+        p.form = {q.get(), meta.get(), c.of_head, c.values};
         ASSERT_TRUE(CanForm(p));
         Check(LaunchMatVec(p, nullptr));
         const std::string name = Name(type, {c.rows, c.cols, columns});
@@ -314,9 +300,6 @@ TEST(CudaProducts, TheFormOfTheResults) {
         EXPECT_EQ(
             std::memcmp(meta.Download().data(), want_meta.Download().data(), meta.size() * sizeof(float2)), 0)
             << name;
-        if (!c.norm) continue;
-        EXPECT_EQ(normed.Download(), want_normed.Download()) << name;
-        EXPECT_EQ(squares.Download(), want_squares.Download()) << name;
       }
     }
   }
